@@ -1,0 +1,1 @@
+"""What every trainer shares: gradients, optimizer, schedules, resumable state and the step loop."""
