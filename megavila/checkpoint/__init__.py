@@ -1,0 +1,1 @@
+"""Saving and resuming training state: whole, verified, or not at all."""
