@@ -1,0 +1,42 @@
+"""Every knob: frozen dataclasses, read from YAML and `key=value` overrides and validated where built."""
+
+from megavila.config.data import DataConfig
+from megavila.config.describe import Knob, describe, describe_text
+from megavila.config.load import build, load_config, save_config, to_dict
+from megavila.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megavila.config.parallel import ParallelConfig
+from megavila.config.recipes import EvalConfig, GrpoRunConfig, SftRunConfig, TrainingRoot, check_split
+from megavila.config.rollout import RewardConfig, RolloutConfig
+from megavila.config.run import RunSettings
+from megavila.config.section import ConfigError
+from megavila.config.training import CheckpointConfig, GrpoConfig, MrspConfig, OptimizerConfig, SftConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "GrpoConfig",
+    "GrpoRunConfig",
+    "Knob",
+    "LanguageConfig",
+    "ModelConfig",
+    "MrspConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ProjectorConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunSettings",
+    "SftConfig",
+    "SftRunConfig",
+    "TrainingRoot",
+    "VisionConfig",
+    "build",
+    "check_split",
+    "describe",
+    "describe_text",
+    "load_config",
+    "save_config",
+    "to_dict",
+]

@@ -1,0 +1,137 @@
+"""The roots: all that one GRPO run, one SFT run or one evaluation is configured by."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megavila.config.data import MAX_FRAMES, DataConfig
+from megavila.config.model import ModelConfig, divisors
+from megavila.config.parallel import ParallelConfig
+from megavila.config.rollout import RewardConfig, RolloutConfig
+from megavila.config.run import RunSettings
+from megavila.config.section import Section, knob, require, required, subsection
+from megavila.config.training import CheckpointConfig, GrpoConfig, MrspConfig, OptimizerConfig, SftConfig
+
+
+def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises ConfigError unless the decoder's heads can be split over the parallel degrees.
+
+    A model that comes from `model.path` is checked again when its config.json has been read.
+    """
+    language, tensor = model.language, parallel.tensor_parallel
+    if language is None:
+        return
+    heads, kv_heads = language.num_heads, language.num_kv_heads
+    shared = [d for d in divisors(heads) if kv_heads % d == 0 or d % kv_heads == 0]
+    require(
+        tensor in shared,
+        f"{heads} query heads and {kv_heads} key/value heads cannot be split over parallel.tensor_parallel {tensor}; "
+        f"use one of {shared}",
+    )
+    for name in ("hidden_size", "ffn_hidden_size"):
+        size = getattr(language, name)
+        require(
+            size % tensor == 0,
+            f"model.language.{name} {size} does not divide by parallel.tensor_parallel {tensor}; "
+            f"use one of {[d for d in shared if size % d == 0]}",
+        )
+    local = heads // tensor
+    require(
+        local % parallel.ulysses == 0,
+        f"{local} heads on each tensor-parallel rank cannot be split over Ulysses degree {parallel.ulysses}; "
+        f"use parallel.cp_ulysses in {divisors(local)} or cp_comm_type p2p (ring)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRoot(Section):
+    """The sections that every training run has."""
+
+    run: RunSettings = required("The run itself.")
+    model: ModelConfig = required("The model.")
+    data: DataConfig = required("Rows, media and prompts.")
+    parallel: ParallelConfig = subsection(ParallelConfig, "Parallel degrees.")
+    optimizer: OptimizerConfig = subsection(OptimizerConfig, "Optimizer.")
+    checkpoint: CheckpointConfig = subsection(CheckpointConfig, "Checkpoints.")
+    mrsp: MrspConfig = subsection(MrspConfig, "Shared prefix and sequence parallelism.")
+
+    def validate(self) -> None:
+        check_split(self.model, self.parallel)
+        require(bool(self.data.train), "data.train is empty; name at least one file of rows to train on")
+        require(
+            self.run.eval_every == 0 or bool(self.data.eval),
+            f"run.eval_every is {self.run.eval_every} but data.eval is empty; name a file of rows or set eval_every 0",
+        )
+        require(
+            self.optimizer.warmup_steps < self.total_updates,
+            f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below the run's {self.total_updates} updates",
+        )
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer updates of the whole run: the length of the learning-rate schedule."""
+        return self.run.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoRunConfig(TrainingRoot):
+    """Everything `pretrain_grpo.py` is configured by."""
+
+    rollout: RolloutConfig = subsection(RolloutConfig, "Sampling of responses.")
+    reward: RewardConfig = subsection(RewardConfig, "Scoring of responses.")
+    grpo: GrpoConfig = subsection(GrpoConfig, "The algorithm.")
+
+    def validate(self) -> None:
+        super().validate()
+        require(
+            self.rollout.group_size >= 2,
+            f"rollout.group_size is {self.rollout.group_size}; GRPO compares the responses of a group, use at least 2",
+        )
+        require(
+            self.rollout.temperature > 0,
+            "rollout.temperature is 0: greedy responses of a group are all equal and carry no gradient; "
+            "use a temperature above 0, such as 1.0",
+        )
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer updates of the whole run: steps x updates per pass x passes."""
+        return self.run.steps * self.grpo.updates_per_batch * self.grpo.epochs_per_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftRunConfig(TrainingRoot):
+    """Everything `pretrain_sft.py` is configured by."""
+
+    sft: SftConfig = subsection(SftConfig, "The algorithm.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section):
+    """One evaluation: a model, files of rows and the numbers of frames to score it at."""
+
+    model: ModelConfig = required("The model.")
+    data: DataConfig = required("Rows, media and prompts; the files are data.eval.")
+    parallel: ParallelConfig = subsection(ParallelConfig, "Parallel degrees.")
+    reward: RewardConfig = subsection(RewardConfig, "Scoring of responses.")
+    init_from: str | None = knob(None, "Checkpoint whose weights are evaluated; null: those of model.path.")
+    num_frames: tuple[int, ...] = knob((), "Numbers of frames to evaluate at; empty: as data says.")
+    blank_frames: bool = knob(False, "Show black frames instead of the video, to see what text alone gives.")
+    engine: Literal["megatron", "vllm"] = knob("megatron", "Who generates.")
+    temperature: float = knob(0.0, "Softmax temperature; 0: greedy.")
+    max_response_tokens: int = knob(1024, "Longest response, in tokens.")
+    max_batch_tokens: int = knob(262_144, "Most tokens whose keys and values are held at once.")
+    batch_size: int = knob(32, "Rows generated together.")
+    limit: int | None = knob(None, "Evaluate the first so many rows only.")
+    output: str | None = knob(None, "Directory for predictions and scores; null: print only.")
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto: CUDA where there is a device, else the CPU.")
+    seed: int = knob(0, "Seed of sampling, where the temperature is not 0.")
+
+    def validate(self) -> None:
+        check_split(self.model, self.parallel)
+        require(bool(self.data.eval), "data.eval is empty; name at least one file of rows")
+        self.require_at_least(1, "max_response_tokens", "max_batch_tokens", "batch_size", "limit")
+        self.require_at_least(0, "temperature", "seed")
+        require(
+            all(1 <= n <= MAX_FRAMES for n in self.num_frames),
+            f"num_frames is {list(self.num_frames)}, each must be from 1 to {MAX_FRAMES}",
+        )

@@ -1,0 +1,51 @@
+"""How responses are sampled, and how they are scored."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megavila.config.section import Section, knob, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section):
+    """Engine and sampling parameters of the rollouts."""
+
+    engine: Literal["megatron", "vllm"] = knob("megatron", "Who samples: our own decoder, or vLLM in this process.")
+    group_size: int = knob(8, "Responses for each prompt (G in the paper).")
+    temperature: float = knob(1.0, "Softmax temperature; 0: greedy.")
+    top_p: float = knob(1.0, "Sample from the smallest set of tokens with this much probability.")
+    top_k: int = knob(0, "Sample from the k most likely tokens; 0: from all.")
+    max_response_tokens: int = knob(1024, "Longest response, in tokens.")
+    stop: tuple[str, ...] = knob((), "Strings that end a response besides the end-of-sequence token.")
+    max_batch_tokens: int = knob(
+        262_144, "Most tokens whose keys and values are held at once; prompts beyond that wait for the next batch."
+    )
+
+    def validate(self) -> None:
+        self.require_at_least(1, "group_size", "max_response_tokens", "max_batch_tokens")
+        self.require_at_least(0, "temperature", "top_k")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}, must be greater than 0 and at most 1")
+        require(all(self.stop), "stop contains an empty string, which would end every response at once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(Section):
+    """Rule-based rewards (paper, section 4.2) and plug-ins; the total is the weighted sum."""
+
+    accuracy_weight: float = knob(0.9, "Weight of a right answer.")
+    format_weight: float = knob(0.1, "Weight of the form <think>...</think> <answer>...</answer>.")
+    functions: tuple[str, ...] = knob((), "Further rewards, each module:function(row, text) -> float.")
+    function_weights: tuple[float, ...] = knob((), "Weights of those functions, in order.")
+
+    def validate(self) -> None:
+        require(
+            len(self.functions) == len(self.function_weights),
+            f"{len(self.functions)} functions but {len(self.function_weights)} function_weights; give one weight each",
+        )
+        for name in self.functions:
+            module, _, function = name.partition(":")
+            require(bool(module and function), f"functions has {name!r}, must look like package.module:function")
+        require(
+            any((self.accuracy_weight, self.format_weight, *self.function_weights)),
+            "all reward weights are 0: nothing could be learned",
+        )
