@@ -25,9 +25,9 @@ def group_advantages(
 ) -> Advantages:
     """Return how much better each response is than its group: ``(r - mean(group)) / (std(group) + eps)``.
 
-    The paper does not say which standard deviation it means. ``ddof=1`` (divide by G - 1) is what TRL and verl
-    compute and is the default, as is TRL's ``eps``; ``ddof=0`` is the population form.
-    A group whose rewards are all equal gets exactly zero, where the formula alone would amplify rounding.
+    The paper does not say which standard deviation it means. ``ddof=1`` (divide by G - 1) is what TRL and
+    verl compute and is the default, as is TRL's ``eps``; ``ddof=0`` is the population form. A group whose
+    rewards are all equal gets exactly zero, where the formula alone would amplify rounding.
 
     Args:
         rewards: (groups, group_size), finite.

@@ -1,7 +1,8 @@
 """The clipped policy loss of GRPO: equation 1 of "Scaling RL to Long Videos" (arXiv 2507.07966).
 
-Every loss here is a weighted sum over response tokens. The weights hold the normalisation of the *whole* step, so the sum over
-micro-batches and over data-parallel ranks of these losses is the loss, whatever the split.
+Every loss here is a weighted sum over response tokens. The weights hold the normalisation of the *whole*
+step, so the sum over micro-batches and over data-parallel ranks of these losses is the loss, whatever the
+split.
 """
 
 from dataclasses import dataclass, fields
@@ -26,7 +27,7 @@ class StepSize:
 
 @dataclass(frozen=True)
 class PolicyLossOptions:
-    """Hyper-parameters of equation 1: the clip range is ``[1 - clip_low, 1 + clip_high]``, ``kl_coef`` is its beta."""
+    """Hyper-parameters of equation 1: ratios are clipped to ``[1 - clip_low, 1 + clip_high]``; its beta."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -63,8 +64,8 @@ def token_weights(
 ) -> Tensor:
     """Return the weight of each response token in the loss of the step.
 
-    ``sequence_mean`` is equation 1 with its expectation over questions: the mean over sequences of the mean over
-    their tokens (TRL's ``grpo``). ``token_mean`` weighs all tokens of the step alike (TRL's ``dapo``).
+    ``sequence_mean`` is equation 1 with its expectation over questions: the mean over sequences of the mean
+    over their tokens (TRL's ``grpo``). ``token_mean`` weighs all tokens of the step alike (TRL's ``dapo``).
 
     Args:
         response_of_target: (n,) which response a token belongs to.
@@ -85,8 +86,9 @@ def token_weights(
 def kl_to_reference(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
     """Return an estimate of KL(policy || reference) from each sampled token, both inputs (n,).
 
-    With d = reference - policy, in the names of Schulman's note "Approximating KL divergence": ``k1`` is -d, unbiased but
-    noisy; ``k2`` is d^2 / 2, biased; ``k3`` is exp(d) - d - 1, unbiased and never negative (DeepSeekMath eq. 4, TRL).
+    With d = reference - policy, in the names of Schulman's note "Approximating KL divergence": ``k1`` is -d,
+    unbiased but noisy; ``k2`` is d^2 / 2, biased; ``k3`` is exp(d) - d - 1, unbiased and never negative
+    (DeepSeekMath eq. 4, TRL).
     """
     difference = ref_logprobs - logprobs
     match estimator:
@@ -113,7 +115,8 @@ def policy_loss(
 
     Args:
         logprobs: (n,) log-probs of the sampled tokens under the policy, with gradient.
-        old_logprobs: (n,) under the policy that sampled; None for an on-policy step (ratio one, gradient kept).
+        old_logprobs: (n,) under the policy that sampled; None for an on-policy step (ratio one, gradient
+            kept).
         advantages: (n,) of the response each token belongs to.
         weights: (n,) from `token_weights`.
         ref_logprobs: (n,) under the reference model, needed when ``options.kl_coef`` is not zero.

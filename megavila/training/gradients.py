@@ -1,7 +1,7 @@
-"""fp32 gradients of all trainable parameters in one flat buffer: accumulation, reduction and clipping.
+"""Gradients of all trainable parameters in one flat fp32 buffer: accumulation, reduction and clipping.
 
-Losses are normalised over the whole step before they get here, so gradients of micro-batches and of data and context ranks
-are summed, never averaged.
+Losses are normalised over the whole step before they get here, so gradients of micro-batches and of data and
+context ranks are summed, never averaged.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,13 +43,14 @@ class Slot:
 
 
 class GradientBuffer:
-    """Accumulates gradients in fp32 whatever the parameters' type, and reduces them over the topology.
+    """Accumulates gradients in fp32 (fp64 for a model in fp64) and reduces them over the topology.
 
-    ``loss.backward()`` may be called any number of times; each parameter's gradient is added to the buffer as soon as
-    autograd has it and freed. Then `reduce`, `clip`, the optimizer's step and `zero`.
+    ``loss.backward()`` may be called any number of times; each parameter's gradient is added to the buffer as
+    soon as autograd has it and freed. Then `reduce`, `clip`, the optimizer's step and `zero`.
 
-    Parameters with the attribute ``sequence_parallel = True`` (Megatron's mark of weights that are replicated over the tensor
-    group but see only a part of the tokens on each rank) are summed over the tensor group first.
+    Parameters with the attribute ``sequence_parallel = True`` (Megatron's mark of weights that are replicated
+    over the tensor group but see only a part of the tokens on each rank) are summed over the tensor group
+    first.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class GradientBuffer:
             raise GradientError(
                 "no parameter is trainable; unfreeze the language model, the tower or the projector"
             )
-        device = self.slots[0].parameter.device
-        self.flat = torch.zeros(size, dtype=torch.float32, device=device)
+        double = any(slot.parameter.dtype == torch.float64 for slot in self.slots)
+        self.flat = torch.zeros(
+            size, dtype=torch.float64 if double else torch.float32, device=self.slots[0].parameter.device
+        )
         self._partial_end = max((slot.stop for slot in self.slots if slot.partial), default=0)
         self._hooks = [
             slot.parameter.register_post_accumulate_grad_hook(self._accumulator(slot)) for slot in self.slots
@@ -85,7 +88,7 @@ class GradientBuffer:
         return accumulate
 
     def named_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, fp32 view in the parameter's shape)."""
+        """Yield (name, view of the buffer in the parameter's shape)."""
         for slot in self.slots:
             yield slot.name, slot.view(self.flat)
 
@@ -93,7 +96,7 @@ class GradientBuffer:
         self.flat.zero_()
 
     def reduce(self) -> None:
-        """Sum partial gradients over the tensor group, then all gradients over the data and context groups."""
+        """Sum partial gradients over the tensor group, then all gradients over context and data groups."""
         if self.topology.tensor > 1 and self._partial_end:
             self._all_reduce(self.flat[: self._partial_end], self.topology.tensor_group)
         if self.topology.context > 1:
@@ -117,7 +120,7 @@ class GradientBuffer:
         return float(squares.sum().sqrt())
 
     def clip(self, maximum: float) -> float:
-        """Scale all gradients so that their norm is at most ``maximum`` (0: never) and return the norm before.
+        """Scale all gradients to a norm of at most ``maximum`` (0: never) and return the norm before.
 
         Raises:
             GradientError: the norm is not finite; the weights are left as they are.
@@ -128,8 +131,8 @@ class GradientBuffer:
                 name for name, gradient in self.named_gradients() if not torch.isfinite(gradient).all()
             ]
             raise GradientError(
-                f"the gradient norm is {norm} (first in {culprits[0] if culprits else 'another rank'}); the weights were "
-                "not updated. Lower optimizer.lr, or look for a bad input in this step's rows"
+                f"the gradient norm is {norm} (first in {culprits[0] if culprits else 'another rank'}); the "
+                "weights were not updated. Lower optimizer.lr, or look for a bad input in this step's rows"
             )
         if maximum > 0.0 and norm > maximum:
             self.flat.mul_(maximum / (norm + 1e-6))
@@ -137,7 +140,7 @@ class GradientBuffer:
 
 
 def _lay_out(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[list[Slot], int]:
-    """Give every trainable parameter its place: partial ones first, then by weight decay, so each is one range."""
+    """Give every trainable parameter its place: partial ones first, then by weight decay."""
     described = []
     seen: set[int] = set()
     for name, parameter in named_parameters:

@@ -1,4 +1,4 @@
-"""AdamW with fp32 weights and moments for parameters of any type, on flat buffers."""
+"""AdamW with fp32 weights and moments for parameters of a smaller type, on flat buffers."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -15,11 +15,11 @@ class OptimizerStateError(MegavilaError):
 
 
 class MasterAdamW:
-    """AdamW (Loshchilov & Hutter, decoupled weight decay) that steps fp32 master weights.
+    """AdamW (Loshchilov & Hutter, decoupled weight decay) that steps master weights of the gradients' type.
 
-    fp32 parameters become views of the master buffer, so they exist once; parameters of a smaller type are copied from it after
-    each step. Weight decay spares vectors (norms and biases). The arithmetic is `torch.optim.AdamW` on a few flat
-    tensors, which keeps small models from being bound by kernel launches.
+    Parameters of that type become views of the master buffer, so they exist once; those of a smaller type are
+    copied from it after each step. Weight decay spares vectors (norms and biases). The arithmetic is
+    `torch.optim.AdamW` on a few flat tensors, which keeps small models from being bound by kernel launches.
     """
 
     def __init__(
@@ -31,32 +31,37 @@ class MasterAdamW:
         eps: float = 1e-8,
     ):
         self.gradients = gradients
-        self.master = torch.zeros_like(gradients.flat)
-        self._segments: list[nn.Parameter] = []
-        groups = []
+        self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(gradients.flat) for _ in range(3))
+        self._adam = torch.optim.AdamW([{"params": []}], lr=0.0, betas=betas, eps=eps, fused=True)
         for decayed, members in groupby(gradients.slots, key=lambda slot: slot.decayed):
             run = list(members)
-            segment = nn.Parameter(self.master[run[0].start : run[-1].stop], requires_grad=True)
-            segment.grad = gradients.flat[run[0].start : run[-1].stop]
-            self._segments.append(segment)
-            groups.append({"params": [segment], "weight_decay": weight_decay if decayed else 0.0})
-        self._starts = [segment.storage_offset() for segment in self._segments]
-        self._adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+            span = slice(run[0].start, run[-1].stop)
+            segment = nn.Parameter(self.master[span])
+            segment.grad = gradients.flat[span]
+            self._adam.add_param_group(
+                {"params": [segment], "weight_decay": weight_decay if decayed else 0.0}
+            )
+            # Given here, so that the moments too are one buffer each; Adam would make them at the first step.
+            self._adam.state[segment] = {
+                "step": torch.zeros((), dtype=torch.float32, device=segment.device),
+                "exp_avg": self.exp_avg[span],
+                "exp_avg_sq": self.exp_avg_sq[span],
+            }
         self.refresh_masters()
         for slot in gradients.slots:
-            if slot.parameter.dtype == torch.float32:
+            if slot.parameter.dtype == self.master.dtype:
                 slot.parameter.data = slot.view(self.master)
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
-        """Copy the parameters into the masters: at the start, and after weights were loaded from elsewhere."""
+        """Copy the parameters into the masters: at the start, and after other weights were loaded."""
         for slot in self.gradients.slots:
             slot.view(self.master).copy_(slot.parameter)
 
     @torch.no_grad()
     def _publish(self) -> None:
         for slot in self.gradients.slots:
-            if slot.parameter.dtype != torch.float32:
+            if slot.parameter.dtype != self.master.dtype:
                 slot.parameter.copy_(slot.view(self.master))
 
     def step(self, learning_rate: float) -> None:
@@ -67,34 +72,26 @@ class MasterAdamW:
         self._publish()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return ``{parameter name: {"master", "exp_avg", "exp_avg_sq"}}`` in fp32, and ``{"": {"step"}}``.
+        """Return ``{parameter name: {"exp_avg", "exp_avg_sq"}}`` and ``{"": {"step"}}``.
 
-        Tensors have the shape of this rank's part of the parameter and share memory with the optimizer: save or copy
-        them before the next step.
+        Parameters of a smaller type than the masters have a ``"master"`` besides; the others are their masters.
+        Tensors have the shape of this rank's part of the parameter and share memory with the optimizer: save
+        or copy them before the next step.
         """
-        states = [self._adam.state.get(segment, {}) for segment in self._segments]
-        step = states[0].get("step", torch.zeros(()))
-        result: dict[str, dict[str, Tensor]] = {"": {"step": step.clone().cpu()}}
+        state: dict[str, dict[str, Tensor]] = {"": {"step": self._steps()[0].clone()}}
         for slot in self.gradients.slots:
-            entry = {"master": slot.view(self.master)}
-            for moment in ("exp_avg", "exp_avg_sq"):
-                entry[moment] = self._moment(slot, moment)
-            result[slot.name] = entry
-        return result
+            entry = {"exp_avg": slot.view(self.exp_avg), "exp_avg_sq": slot.view(self.exp_avg_sq)}
+            if slot.parameter.dtype != self.master.dtype:
+                entry["master"] = slot.view(self.master)
+            state[slot.name] = entry
+        return state
 
-    def _moment(self, slot: Slot, name: str) -> Tensor:
-        index = max(i for i, start in enumerate(self._starts) if start <= slot.start)
-        segment = self._segments[index]
-        state = self._adam.state[segment]
-        if name not in state:  # nothing has been stepped yet
-            state["step"] = torch.zeros((), dtype=torch.float32, device=segment.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(segment), torch.zeros_like(segment)
-        offset = slot.start - self._starts[index]
-        return state[name].detach()[offset : offset + slot.parameter.numel()].view_as(slot.parameter)
+    def _steps(self) -> list[Tensor]:
+        return [state["step"] for state in self._adam.state.values()]
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what `state_dict` gave, bit for bit, and the parameters with it.
+        """Restore what `state_dict` gave, bit for bit; the model's own weights are loaded separately.
 
         Raises:
             OptimizerStateError: names or shapes differ from this model's trainable parameters.
@@ -103,20 +100,21 @@ class MasterAdamW:
         missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
         if missing or unknown:
             raise OptimizerStateError(
-                f"the saved optimizer state is of other parameters: {len(missing)} missing (first: {missing[:1]}), "
-                f"{len(unknown)} unknown (first: {unknown[:1]}); were other parts of the model frozen?"
+                f"the saved optimizer state is of other parameters: {len(missing)} missing (first: "
+                f"{missing[:1]}), {len(unknown)} unknown (first: {unknown[:1]}); were other parts frozen?"
             )
-        step = saved[""]["step"]
         for name, entry in own.items():
             for key, tensor in entry.items():
-                if name and tensor.shape != saved[name][key].shape:
+                if key not in saved[name]:
                     raise OptimizerStateError(
-                        f"{key} of {name} was saved as {tuple(saved[name][key].shape)}, this run needs {tuple(tensor.shape)}"
+                        f"the saved state has no {key} of {name}: it was trained as another model.dtype"
                     )
-                if name:
-                    tensor.copy_(saved[name][key])
-        for segment in self._segments:
-            self._adam.state[segment]["step"].copy_(step)
-        for slot in self.gradients.slots:
-            if slot.parameter.dtype != torch.float32:
-                slot.parameter.copy_(slot.view(self.master))
+                if tensor.shape != saved[name][key].shape:
+                    raise OptimizerStateError(
+                        f"{key} of {name} was saved as {tuple(saved[name][key].shape)}, this run needs "
+                        f"{tuple(tensor.shape)}"
+                    )
+                tensor.copy_(saved[name][key])
+        for step in self._steps():
+            step.copy_(saved[""]["step"])
+        self._publish()

@@ -22,8 +22,8 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of optimizer step ``step``, counted from 0.
 
-    It rises linearly to ``peak`` over ``warmup_steps`` (the first step already moves: 1/warmup of the peak), then stays
-    (``constant``) or falls to ``minimum`` at ``total_steps`` along a line or half a cosine.
+    It rises linearly to ``peak`` over ``warmup_steps`` (the first step already moves: 1/warmup of the peak),
+    then stays (``constant``) or falls to ``minimum`` at ``total_steps`` along a line or half a cosine.
     """
     if schedule not in SCHEDULES:
         raise ScheduleError(

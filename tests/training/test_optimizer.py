@@ -79,7 +79,8 @@ def test_bf16_parameters_follow_their_fp32_masters():
         torch.testing.assert_close(slot.view(optimizer.master), parameter, rtol=1e-6, atol=1e-7)
         assert slot.parameter.dtype == torch.bfloat16
         assert torch.equal(slot.parameter, slot.view(optimizer.master).bfloat16())
-    # Steps of 1e-4 are below half a bf16 unit of weights near one: without masters these would not have moved.
+    # Steps of 1e-4 are below half a bf16 unit of weights near one: without masters these would not have
+    # moved.
     norm_weight = model[1].weight
     assert not torch.equal(norm_weight, start[2])
 
@@ -101,6 +102,7 @@ def test_continues_bit_for_bit_from_a_saved_state(dtype):
     saved = {name: {k: v.clone() for k, v in entry.items()} for name, entry in parts[1].state_dict().items()}
 
     second = make_model(dtype, seed=77)
+    second.load_state_dict(first.state_dict())
     parts = build(second, weight_decay=0.1)
     parts[1].load_state_dict(saved)
     train(second, *parts, data[3:])

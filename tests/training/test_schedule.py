@@ -14,7 +14,8 @@ def test_equals_transformers_after_warmup(name, peer):
     scheduler = peer(optimizer, num_warmup_steps=4, num_training_steps=17)
     for step in range(18):
         ours = learning_rate(step, peak=3e-4, total_steps=17, schedule=name, warmup_steps=4)
-        # transformers starts its warm-up at a rate of zero, a wasted step; from the peak on the two are the same.
+        # transformers starts its warm-up at a rate of zero, a wasted step; from the peak on the two are the
+        # same.
         expected = 3e-4 * (step + 1) / 4 if step < 4 else scheduler.get_last_lr()[0]
         assert ours == pytest.approx(expected, rel=1e-9, abs=1e-18)
         optimizer.step()
