@@ -14,23 +14,33 @@ class DataConfig(Section):
 
     train: tuple[str, ...] = knob((), "JSON Lines or parquet files to train on.")
     eval: tuple[str, ...] = knob((), "Files to evaluate on.")
-    media_dir: str | None = knob(None, "Where relative media paths start; null: the directory of the row's file.")
+    media_dir: str | None = knob(
+        None, "Where relative media paths start; null: the directory of the row's file."
+    )
     id_key: str = knob("problem_id", "Column of the row's id.")
     prompt_key: str = knob("problem", "Column of the question.")
     answer_key: str = knob("answer", "Column of the answer.")
     video_key: str = knob("videos", "Column of the video path or paths.")
     reasoning_key: str = knob("reasoning", "Column of the chain of thought, for SFT.")
     data_type_key: str = knob("data_type", "Column of the kind of media.")
-    problem_type_key: str = knob("problem_type", "Column of the kind of question, which selects the reward's rule.")
+    problem_type_key: str = knob(
+        "problem_type", "Column of the kind of question, which selects the reward's rule."
+    )
     category_key: str = knob("category", "Column of the category that scores are reported by.")
-    num_frames: int | None = knob(None, "Frames sampled uniformly from each video; 32 if fps is not set either.")
+    num_frames: int | None = knob(
+        None, "Frames sampled uniformly from each video; 32 if fps is not set either."
+    )
     fps: float | None = knob(None, "Frames sampled per second of video, up to max_frames.")
-    max_frames: int = knob(MAX_FRAMES, f"Most frames of one video when sampling by fps; at most {MAX_FRAMES}.")
+    max_frames: int = knob(
+        MAX_FRAMES, f"Most frames of one video when sampling by fps; at most {MAX_FRAMES}."
+    )
     template: str = knob("longvideo_reason", "Prompt template: the name of a built-in one, or a file.")
     frame_template: str = knob(
         "{media}\n", "Text of one frame; {media} is its tokens and {time} its time in seconds, where wanted."
     )
-    on_bad_row: Literal["error", "skip"] = knob("error", "What to do with a malformed row; skipped rows are counted.")
+    on_bad_row: Literal["error", "skip"] = knob(
+        "error", "What to do with a malformed row; skipped rows are counted."
+    )
     on_bad_media: Literal["error", "skip"] = knob(
         "error", "What to do with a row whose video cannot be read; skipped rows are counted."
     )
@@ -48,7 +58,8 @@ class DataConfig(Section):
         for name in ("num_frames", "max_frames"):
             value = getattr(self, name)
             require(
-                value is None or value <= MAX_FRAMES, f"{name} is {value}, must be at most {MAX_FRAMES} frames a video"
+                value is None or value <= MAX_FRAMES,
+                f"{name} is {value}, must be at most {MAX_FRAMES} frames a video",
             )
         if self.num_frames is None and self.fps is None:
             self.resolve("num_frames", 32)

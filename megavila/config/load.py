@@ -98,7 +98,9 @@ def _plain(value: Any) -> Any:
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        raise ConfigError(f"config file {path} does not exist" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ConfigError(
+            f"config file {path} does not exist" + (f"; did you mean {near[0]}?" if near else "")
+        )
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
@@ -110,7 +112,9 @@ def _read_yaml(path: Path) -> DictConfig:
 
 def _parse_override(override: str, known: Mapping[str, bool]) -> DictConfig:
     key, separator, _ = override.partition("=")
-    require(bool(key and separator), f"override {override!r} must look like key=value, such as optimizer.lr=1e-5")
+    require(
+        bool(key and separator), f"override {override!r} must look like key=value, such as optimizer.lr=1e-5"
+    )
     _require_known(key, known, f"override {override!r}")
     try:
         return OmegaConf.from_dotlist([override])

@@ -29,7 +29,13 @@ class LanguageConfig(Section):
 
     def validate(self) -> None:
         self.require_at_least(
-            1, "hidden_size", "num_layers", "num_heads", "ffn_hidden_size", "vocab_size", "max_position_embeddings"
+            1,
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "ffn_hidden_size",
+            "vocab_size",
+            "max_position_embeddings",
         )
         self.require_at_least(0, "num_kv_heads", "head_dim")
         self.require_positive("rope_theta", "norm_eps")
@@ -66,10 +72,13 @@ class VisionConfig(Section):
     image_size: int = required("Height and width of a frame, in pixels.")
     patch_size: int = required("Height and width of a patch, in pixels.")
     feature_layer: int = knob(
-        -2, "Hidden state handed to the projector, as VILA's mm_vision_select_layer: -1 is the last layer's output."
+        -2,
+        "Hidden state handed to the projector, as VILA's mm_vision_select_layer: -1 is the last layer's output.",
     )
     norm_eps: float = knob(1e-6, "Epsilon of LayerNorm.")
-    post_norm: bool = knob(False, "Apply the tower's final LayerNorm to the features (only with feature_layer -1).")
+    post_norm: bool = knob(
+        False, "Apply the tower's final LayerNorm to the features (only with feature_layer -1)."
+    )
 
     def validate(self) -> None:
         self.require_at_least(
@@ -121,9 +130,13 @@ class ModelConfig(Section):
     path: str | None = knob(None, "Directory of a VILA or Hugging Face checkpoint to start from.")
     family: str = knob("vila", "Model family: names of weights, order of media tokens, positions.")
     language: LanguageConfig | None = knob(None, "The decoder; null: as config.json under path says.")
-    vision: VisionConfig | None = knob(None, "The vision tower; null: as config.json under path says, or none.")
+    vision: VisionConfig | None = knob(
+        None, "The vision tower; null: as config.json under path says, or none."
+    )
     projector: ProjectorConfig = subsection(ProjectorConfig, "Between tower and decoder.")
-    tokenizer: str | None = knob(None, "Tokenizer directory or sentencepiece model; null: the one under path.")
+    tokenizer: str | None = knob(
+        None, "Tokenizer directory or sentencepiece model; null: the one under path."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = knob(
         "auto", "Type of weights and activations; auto: bfloat16 on CUDA, float32 on a CPU."
     )
@@ -131,7 +144,9 @@ class ModelConfig(Section):
     train_vision: bool = knob(False, "Train the vision tower.")
     train_projector: bool = knob(True, "Train the projector.")
     train_language: bool = knob(True, "Train the decoder.")
-    recompute: Literal["none", "full"] = knob("none", "full: recompute each decoder layer in the backward pass.")
+    recompute: Literal["none", "full"] = knob(
+        "none", "full: recompute each decoder layer in the backward pass."
+    )
     attention_backend: str = knob("auto", "Kernel of interval attention; auto: the best one for the device.")
 
     def validate(self) -> None:

@@ -12,13 +12,19 @@ class ParallelConfig(Section):
     """Parallel degrees, in Megatron's terms. Their product must divide the number of ranks."""
 
     tensor_parallel: int = knob(1, "Ranks that split each weight matrix and the attention heads.")
-    context_parallel: int = knob(1, "Ranks that split the tokens of one sequence (Ulysses degree x ring degree).")
+    context_parallel: int = knob(
+        1, "Ranks that split the tokens of one sequence (Ulysses degree x ring degree)."
+    )
     pipeline_parallel: int = knob(1, "Ranks that split the layers.")
-    sequence_parallel: bool = knob(True, "With tensor parallel, split activations between the matrices by token.")
+    sequence_parallel: bool = knob(
+        True, "With tensor parallel, split activations between the matrices by token."
+    )
     cp_comm_type: Literal["p2p", "a2a", "a2a+p2p"] = knob(
         "p2p", "Context parallel attention: ring (p2p), Ulysses (a2a), or Ulysses inside a ring (a2a+p2p)."
     )
-    cp_ulysses: int | None = knob(None, "Ulysses degree of a2a+p2p; null: all of it for a2a, none of it for p2p.")
+    cp_ulysses: int | None = knob(
+        None, "Ulysses degree of a2a+p2p; null: all of it for a2a, none of it for p2p."
+    )
 
     def validate(self) -> None:
         self.require_at_least(1, "tensor_parallel", "context_parallel", "pipeline_parallel", "cp_ulysses")

@@ -10,7 +10,9 @@ from megavila.config.section import Section, knob, require
 class RolloutConfig(Section):
     """Engine and sampling parameters of the rollouts."""
 
-    engine: Literal["megatron", "vllm"] = knob("megatron", "Who samples: our own decoder, or vLLM in this process.")
+    engine: Literal["megatron", "vllm"] = knob(
+        "megatron", "Who samples: our own decoder, or vLLM in this process."
+    )
     group_size: int = knob(8, "Responses for each prompt (G in the paper).")
     temperature: float = knob(1.0, "Softmax temperature; 0: greedy.")
     top_p: float = knob(1.0, "Sample from the smallest set of tokens with this much probability.")
@@ -18,7 +20,8 @@ class RolloutConfig(Section):
     max_response_tokens: int = knob(1024, "Longest response, in tokens.")
     stop: tuple[str, ...] = knob((), "Strings that end a response besides the end-of-sequence token.")
     max_batch_tokens: int = knob(
-        262_144, "Most tokens whose keys and values are held at once; prompts beyond that wait for the next batch."
+        262_144,
+        "Most tokens whose keys and values are held at once; prompts beyond that wait for the next batch.",
     )
 
     def validate(self) -> None:
@@ -44,7 +47,9 @@ class RewardConfig(Section):
         )
         for name in self.functions:
             module, _, function = name.partition(":")
-            require(bool(module and function), f"functions has {name!r}, must look like package.module:function")
+            require(
+                bool(module and function), f"functions has {name!r}, must look like package.module:function"
+            )
         require(
             any((self.accuracy_weight, self.format_weight, *self.function_weights)),
             "all reward weights are 0: nothing could be learned",

@@ -48,7 +48,11 @@ def type_name(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " | ".join(type_name(a) for a in args)
     if origin is tuple:
-        return f"list of {type_name(args[0])}" if args[-1] is ... else f"list of {len(args)} {type_name(args[0])}"
+        return (
+            f"list of {type_name(args[0])}"
+            if args[-1] is ...
+            else f"list of {len(args)} {type_name(args[0])}"
+        )
     if isinstance(hint, type) and issubclass(hint, Section):
         return "a section of keys and values"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

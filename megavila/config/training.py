@@ -11,18 +11,25 @@ class GrpoConfig(Section):
     """Group relative policy optimisation (paper, equations 1 and 2)."""
 
     prompts_per_step: int = knob(16, "Prompts of one rollout batch, over all data-parallel ranks.")
-    updates_per_batch: int = knob(1, "Optimizer updates in one pass over a rollout batch; its groups are split among them.")
+    updates_per_batch: int = knob(
+        1, "Optimizer updates in one pass over a rollout batch; its groups are split among them."
+    )
     epochs_per_batch: int = knob(1, "Passes over each rollout batch.")
     clip_low: float = knob(0.2, "The probability ratio is clipped from below at 1 - clip_low.")
     clip_high: float = knob(0.2, "The probability ratio is clipped from above at 1 + clip_high.")
-    kl_beta: float = knob(0.0, "Weight of the KL divergence to the reference model; 0: no reference model is kept.")
+    kl_beta: float = knob(
+        0.0, "Weight of the KL divergence to the reference model; 0: no reference model is kept."
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = knob(
         "k3", "Estimator of the KL: k1 (difference), k2 (half its square), k3 (unbiased and non-negative)."
     )
     advantage_std: bool = knob(True, "Divide advantages by the group's standard deviation (equation 2).")
-    drop_zero_variance: bool = knob(True, "Leave out groups whose rewards are all equal: they carry no gradient.")
+    drop_zero_variance: bool = knob(
+        True, "Leave out groups whose rewards are all equal: they carry no gradient."
+    )
     loss_aggregation: Literal["sequence_mean", "token_mean"] = knob(
-        "sequence_mean", "Mean over each response's tokens and then over responses (equation 1), or over all tokens."
+        "sequence_mean",
+        "Mean over each response's tokens and then over responses (equation 1), or over all tokens.",
     )
     max_tokens_per_microbatch: int = knob(16_384, "Most tokens of one forward pass on a model replica.")
 
@@ -45,7 +52,9 @@ class SftConfig(Section):
 
     batch_size: int = knob(32, "Rows of one optimizer step, over all data-parallel ranks.")
     max_tokens_per_microbatch: int = knob(16_384, "Most tokens of one forward pass on a model replica.")
-    think_fraction: float = knob(1.0, "Fraction of rows trained with their reasoning; the others answer at once.")
+    think_fraction: float = knob(
+        1.0, "Fraction of rows trained with their reasoning; the others answer at once."
+    )
 
     def validate(self) -> None:
         self.require_at_least(1, "batch_size", "max_tokens_per_microbatch")
@@ -59,7 +68,9 @@ class OptimizerConfig(Section):
     lr: float = knob(1e-6, "Peak learning rate.")
     min_lr: float = knob(0.0, "Learning rate at the end of a linear or cosine schedule.")
     warmup_steps: int = knob(0, "Updates over which the learning rate rises linearly from 0 to lr.")
-    schedule: Literal["constant", "linear", "cosine"] = knob("constant", "How the learning rate falls after warm-up.")
+    schedule: Literal["constant", "linear", "cosine"] = knob(
+        "constant", "How the learning rate falls after warm-up."
+    )
     weight_decay: float = knob(0.0, "Decoupled weight decay of matrices; biases and norms are never decayed.")
     betas: tuple[float, float] = knob((0.9, 0.999), "Decay rates of Adam's moments.")
     eps: float = knob(1e-8, "Adam's epsilon.")
@@ -71,7 +82,8 @@ class OptimizerConfig(Section):
         self.require_at_least(0, "min_lr", "warmup_steps", "weight_decay", "clip_grad")
         require(self.min_lr <= self.lr, f"min_lr {self.min_lr} is above lr {self.lr}")
         require(
-            all(0 <= beta < 1 for beta in self.betas), f"betas are {list(self.betas)}, must be at least 0 and below 1"
+            all(0 <= beta < 1 for beta in self.betas),
+            f"betas are {list(self.betas)}, must be at least 0 and below 1",
         )
 
 
@@ -83,7 +95,8 @@ class CheckpointConfig(Section):
     keep_last: int = knob(2, "Checkpoints of the run that are kept; 0: all.")
     save_final: bool = knob(True, "Write a checkpoint after the last step.")
     init_from: str | None = knob(
-        None, "Checkpoint whose model weights (nothing else of it) a new run starts from, such as an SFT run's."
+        None,
+        "Checkpoint whose model weights (nothing else of it) a new run starts from, such as an SFT run's.",
     )
 
     def validate(self) -> None:
@@ -95,13 +108,16 @@ class MrspConfig(Section):
     """Multi-modal reinforcement sequence parallelism (paper, section 5)."""
 
     layout: Literal["shared_prefix", "repeated"] = knob(
-        "shared_prefix", "One prompt followed by its G responses, or the prompt repeated for each (the baseline)."
+        "shared_prefix",
+        "One prompt followed by its G responses, or the prompt repeated for each (the baseline).",
     )
     encode: Literal["sharded", "replicated"] = knob(
-        "sharded", "Each rank of a model replica encodes its own slice of the frames, or all of them (the baseline)."
+        "sharded",
+        "Each rank of a model replica encodes its own slice of the frames, or all of them (the baseline).",
     )
     reuse: Literal["step", "rollout", "none"] = knob(
-        "step", "Embeddings of a video are kept for the whole step, for the rollout only, or never (the baseline)."
+        "step",
+        "Embeddings of a video are kept for the whole step, for the rollout only, or never (the baseline).",
     )
     store_gib: float = knob(4.0, "Memory for embeddings on each rank, in GiB.")
 

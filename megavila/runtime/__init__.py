@@ -1,0 +1,1 @@
+"""Devices, processes, randomness and bookkeeping: what every other package stands on."""

@@ -1,0 +1,151 @@
+"""Where this process stands: ranks, degrees and process groups. Nothing else reads them."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megavila.config.model import divisors
+from megavila.config.parallel import ParallelConfig
+from megavila.runtime import megatron_cpu
+from megavila.runtime.errors import MegavilaError
+from megavila.runtime.logging import configure_logging
+from megavila.runtime.platform import Platform
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Degrees, this process's coordinates and its groups; built by `initialize`.
+
+    A replica of the model is tensor x context ranks: the MR-SP group, which shares the videos.
+    Groups order their ranks as the coordinate that varies within them.
+    """
+
+    tensor: int
+    context: int
+    ulysses: int
+    ring: int
+    pipeline: int
+    data: int
+    world_size: int
+    rank: int
+    tensor_rank: int
+    context_rank: int
+    data_rank: int
+    pipeline_rank: int
+    sequence_parallel: bool  # in effect: asked for, and more than one tensor-parallel rank
+    tensor_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    mrsp_group: dist.ProcessGroup  # tensor x context: the ranks of one replica
+    data_context_group: dist.ProcessGroup  # data x context: the ranks that hold the same weights
+    world_group: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, logs and writes files."""
+        return self.rank == 0
+
+    @property
+    def mrsp_rank(self) -> int:
+        """This rank's place in its replica: tensor rank fastest."""
+        return self.context_rank * self.tensor + self.tensor_rank
+
+    @property
+    def mrsp_size(self) -> int:
+        """Ranks of one replica."""
+        return self.tensor * self.context
+
+
+def data_degree(parallel: ParallelConfig, world_size: int) -> int:
+    """Replicas of the model on `world_size` ranks. Raises MegavilaError where the degrees do not fit."""
+    if parallel.pipeline_parallel > 1:
+        raise MegavilaError(
+            f"parallel.pipeline_parallel is {parallel.pipeline_parallel}, but training with pipeline stages is not "
+            "supported; set it to 1 and split the model with parallel.tensor_parallel (weights) or "
+            "parallel.context_parallel (tokens)"
+        )
+    tensor, context = parallel.tensor_parallel, parallel.context_parallel
+    if world_size % (tensor * context) != 0:
+        raise MegavilaError(
+            f"parallel.tensor_parallel {tensor} x parallel.context_parallel {context} = {tensor * context} ranks for one "
+            f"model, which does not divide the {world_size} ranks of this run; use a product in {divisors(world_size)} "
+            f"or start {_next_multiple(world_size, tensor * context)} processes (torchrun --nproc-per-node)"
+        )
+    return world_size // (tensor * context)
+
+
+def initialize(parallel: ParallelConfig, platform: Platform) -> Topology:
+    """Joins the processes that torchrun started, or makes a world of one, and builds Megatron's groups.
+
+    Raises MegavilaError before any group is built where the degrees do not fit the number of ranks.
+    """
+    if platform.name == "cpu":
+        megatron_cpu.apply()
+    elif megatron_cpu.is_applied():
+        raise MegavilaError("this process has computed on the CPU before; start a new one for CUDA")
+    if not dist.is_initialized():
+        data_degree(parallel, int(os.environ.get("WORLD_SIZE", "1")))
+        _join(platform)
+    data = data_degree(parallel, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_parallel,
+        context_parallel_size=parallel.context_parallel,
+        create_gloo_process_groups=platform.name == "cuda",  # on a CPU the groups are gloo already
+    )
+    world = dist.group.WORLD
+    assert world is not None
+    topology = Topology(
+        tensor=parallel.tensor_parallel,
+        context=parallel.context_parallel,
+        ulysses=parallel.ulysses,
+        ring=parallel.ring,
+        pipeline=parallel.pipeline_parallel,
+        data=data,
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel > 1,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        mrsp_group=parallel_state.get_tensor_and_context_parallel_group(),
+        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        world_group=world,
+    )
+    configure_logging(is_main=topology.is_main, rank=topology.rank)
+    return topology
+
+
+def shutdown() -> None:
+    """Leaves all groups. Another `initialize` may follow in the same process."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(platform: Platform) -> None:
+    if platform.name == "cuda":
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise MegavilaError(
+                f"this machine has {gpus} GPUs, too few for local rank {local_rank}; start at most {gpus} processes "
+                "(torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun's
+        device_id = platform.device if platform.name == "cuda" else None
+        dist.init_process_group(platform.backend, init_method="env://", device_id=device_id)
+    else:  # a world of one needs no port
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
