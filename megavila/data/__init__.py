@@ -1,0 +1,1 @@
+"""Rows, templates, tokenizers and multimodal prompts."""
