@@ -1,0 +1,122 @@
+"""Rotary position embeddings for explicit position ids, one- and three-dimensional.
+
+Megatron-core's rotary embeddings number the rows of the sequence themselves. Packed layouts need the opposite: several
+responses restart at the position after their common prompt, and a video's rows carry (time, height, width) ids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from megavila.runtime.errors import MegavilaError
+
+
+class MropeLayout(str, Enum):
+    """How the three position axes share the rotary frequencies.
+
+    SECTIONED: contiguous runs of frequencies for time, height, width (Qwen2-VL, Qwen2.5-VL).
+    INTERLEAVED: frequencies alternate time, height, width; what is left at the end is time's (Qwen3-VL).
+    """
+
+    SECTIONED = "sectioned"
+    INTERLEAVED = "interleaved"
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """cos and sin of every token's angles, (tokens, 1, head_dim / 2), fp32; computed once for all layers."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class RotaryEmbedding:
+    """Angles `position · theta^(-2i / head_dim)` for i in [0, head_dim / 2) (RoFormer; M-RoPE as in Qwen2-VL).
+
+    Args:
+        head_dim: size of an attention head, even.
+        theta: base of the frequencies.
+        mrope_section: how many frequencies belong to (time, height, width); None for one-dimensional positions.
+        layout: where those frequencies lie.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        mrope_section: Sequence[int] | None = None,
+        layout: MropeLayout = MropeLayout.SECTIONED,
+    ) -> None:
+        if head_dim % 2:
+            raise MegavilaError(
+                f"rotary embeddings rotate pairs: head_dim {head_dim} is odd; use an even head_dim"
+            )
+        self.head_dim = head_dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self._frequencies = 1.0 / (theta**exponents)
+        self._axis = (
+            None if mrope_section is None else _axis_of_frequency(head_dim // 2, mrope_section, layout)
+        )
+
+    def __call__(self, position_ids: torch.Tensor) -> RotaryTable:
+        """position_ids: (tokens,) or (3, tokens), integer. A one-dimensional id counts for all three axes."""
+        frequencies = self._frequencies.to(position_ids.device)
+        positions = position_ids.to(torch.float32)
+        if position_ids.dim() == 1:
+            angles = positions[:, None] * frequencies
+        elif self._axis is None:
+            raise MegavilaError(
+                f"position ids of shape {tuple(position_ids.shape)} given to a model without M-RoPE; "
+                "set language.mrope_section or pass (tokens,) ids"
+            )
+        else:
+            angles = positions[self._axis.to(position_ids.device)].transpose(0, 1) * frequencies
+        return RotaryTable(cos=angles.cos().unsqueeze(1), sin=angles.sin().unsqueeze(1))
+
+
+def _axis_of_frequency(count: int, section: Sequence[int], layout: MropeLayout) -> torch.Tensor:
+    """(count,) tensor with 0, 1 or 2: the axis (time, height, width) whose position turns each frequency."""
+    if len(section) != 3 or sum(section) != count:
+        raise MegavilaError(
+            f"mrope_section {list(section)} must be three counts that sum to head_dim / 2 = {count} frequencies"
+        )
+    if layout is MropeLayout.SECTIONED:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(list(section)))
+    axis = torch.zeros(count, dtype=torch.long)
+    for index in (1, 2):
+        axis[index : 3 * section[index] : 3] = index
+    return axis
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotates pairs (x_i, x_{i + d/2}); the backward turns the gradient by the opposite angle and saves no activation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grads[0], cos, -sin), None, None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    # bf16 rows are turned in fp32 and rounded once: a rounded cosine would shift far positions visibly.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    first, second = x[..., :half].to(dtype), x[..., half:].to(dtype)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+    return out.to(x.dtype)
+
+
+def apply_rotary(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """Turns queries or keys (tokens, heads, head_dim) by their tokens' angles."""
+    return _Rotate.apply(x, table.cos, table.sin)  # type: ignore[return-value]
