@@ -47,6 +47,10 @@ def open_video(path: str, stream: int | None = None) -> Iterator[tuple[InputCont
                 other.discard = Discard.all
         # Parallelism is over runs: one thread a decoder also gives frames without a pipeline's delay.
         chosen.codec_context.thread_count = 1
+        if chosen.codec_context.codec.canonical_name != "h264":
+            # Stop at damage that can be told, instead of concealing it with pixels of other frames. The H.264
+            # decoder would also stop at the leading frames of an open group of pictures, which are not damaged.
+            chosen.codec_context.options = {"err_detect": "explode"}
         yield container, chosen
 
 

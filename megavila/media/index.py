@@ -77,10 +77,6 @@ class VideoIndex:
         """Decode position of the packet with a given time; of use in timed files only."""
         return {pts: position for position, pts in enumerate(self.packet_pts.tolist())}
 
-    @cached_property
-    def frame_of_pts(self) -> dict[int, int]:
-        return {pts: frame for frame, pts in enumerate(self.pts.tolist())}
-
 
 def probe(path: str | os.PathLike[str], stream: int | None = None) -> VideoIndex:
     """Index a video by demultiplexing it; only the first frame is decoded (nothing else tells the rotation).

@@ -118,10 +118,11 @@ def _deal(runs: list[Run], workers: int) -> list[list[Run]]:
 def _decode_runs(path: str, target: _Target, runs: list[Run]) -> int:
     """Decode runs one after the other with one decoder; retry what is missed from further back."""
     decoded = 0
+    timed = target.index.timed  # otherwise frames are known by counting all of them, from the start
     with open_video(path, target.index.stream) as (container, video), media_errors(path):
         for run in runs:
-            decoded += _decode_run(container, video, target, run, skip=target.index.codec in _SKIPPABLE)
-            for back in RETRY_DISTANCES if target.index.timed else ():
+            decoded += _decode_run(container, video, target, run, skip=timed and target.index.codec in _SKIPPABLE)
+            for back in RETRY_DISTANCES if timed else ():
                 missing = target.missing(run)
                 if not missing:
                     break
@@ -136,37 +137,37 @@ def _decode_run(container: InputContainer, video: VideoStream, target: _Target, 
     After the first sign of damage the rest of the run is left undecoded: later frames may lean on the damaged one,
     and FFmpeg's concealment marks few of them.
     """
-    index, decoded = target.index, 0
-    context = video.codec_context
-    context.flush_buffers()
-    wanted_positions = frozenset(index.positions[list(run.frames)].tolist())
-    wanted = frozenset(run.frames)
+    index, context = target.index, video.codec_context
+    wanted = {int(index.positions[frame]): frame for frame in run.frames}
+    decoded, sound_until, position = 0, run.stop + 1, run.start  # decode positions
 
-    def take(frames: list[VideoFrame]) -> bool:
-        nonlocal decoded
+    def take(frames: list[VideoFrame]) -> None:
+        nonlocal decoded, sound_until
         for frame in frames:
-            number = index.frame_of_pts.get(frame.pts) if index.timed else decoded  # type: ignore[arg-type]
+            at = index.position_of_pts.get(frame.pts, -1) if index.timed else decoded  # type: ignore[arg-type]
             decoded += 1
             if frame.is_corrupt:
                 target.errors.append("FFmpeg conceals damage in it")
-                return False
-            if number in wanted:
-                target.put(number, frame)
-        return True
+                sound_until = min(sound_until, at)
+            elif at in wanted and at < sound_until:
+                target.put(wanted[at], frame)
 
+    context.flush_buffers()
     try:
         for position, packet in _run_packets(container, video, index, run):
             if skip:
-                context.skip_frame = "DEFAULT" if position in wanted_positions else "NONREF"
-            if not take(context.decode(packet)):
-                return decoded
-            if not index.timed and decoded > run.stop:
-                return decoded
-        take(context.decode(None))
+                context.skip_frame = "DEFAULT" if position in wanted else "NONREF"
+            take(context.decode(packet))
+            if sound_until <= run.stop or (not index.timed and decoded > run.stop):
+                break
     except av.error.FFmpegError as error:
         target.errors.append(error.strerror or type(error).__name__)
-    finally:
-        context.skip_frame = "DEFAULT"
+        sound_until = min(sound_until, position) if index.timed else decoded
+    context.skip_frame = "DEFAULT"
+    try:
+        take(context.decode(None))  # frames the decoder still holds back to put them in order
+    except av.error.FFmpegError as error:
+        target.errors.append(error.strerror or type(error).__name__)
     return decoded
 
 
