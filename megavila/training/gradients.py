@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megavila.runtime.collectives import all_reduce_sum
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.topology import Topology
 
@@ -59,7 +60,7 @@ class GradientBuffer:
         topology: Topology,
         *,
         bucket: int = 1 << 25,
-    ):
+    ) -> None:
         """``bucket`` is the most elements one all-reduce carries."""
         self.topology = topology
         self.bucket = bucket
@@ -96,15 +97,13 @@ class GradientBuffer:
         self.flat.zero_()
 
     def reduce(self) -> None:
-        """Sum partial gradients over the tensor group, then all gradients over context and data groups."""
-        if self.topology.tensor > 1 and self._partial_end:
-            self._all_reduce(self.flat[: self._partial_end], self.topology.tensor_group)
-        if self.topology.context > 1:
-            self._all_reduce(self.flat, self.topology.context_group)
-        if self.topology.data > 1:
-            self._all_reduce(self.flat, self.topology.data_group)
+        """Sum partial gradients over the tensor group, then all over the ranks that hold the same weights."""
+        self._all_reduce(self.flat[: self._partial_end], self.topology.tensor_group)
+        self._all_reduce(self.flat, self.topology.data_context_group)
 
     def _all_reduce(self, flat: Tensor, group: dist.ProcessGroup) -> None:
+        if group.size() == 1:
+            return
         for start in range(0, flat.numel(), self.bucket):
             dist.all_reduce(flat[start : start + self.bucket], group=group)
 
@@ -113,11 +112,8 @@ class GradientBuffer:
         squares = torch.zeros(2, dtype=torch.float64, device=self.flat.device)  # replicated, sharded
         for slot in self.slots:
             squares[int(slot.sharded)] += torch.linalg.vector_norm(slot.view(self.flat)).double() ** 2
-        if self.topology.tensor > 1:
-            sharded = squares[1:].clone()
-            dist.all_reduce(sharded, group=self.topology.tensor_group)
-            squares[1:] = sharded
-        return float(squares.sum().sqrt())
+        replicated, sharded = squares[0], all_reduce_sum(squares[1], self.topology.tensor_group)
+        return float((replicated + sharded).sqrt())
 
     def clip(self, maximum: float) -> float:
         """Scale all gradients to a norm of at most ``maximum`` (0: never) and return the norm before.

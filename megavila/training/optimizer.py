@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megavila.runtime.errors import MegavilaError
-from megavila.training.gradients import GradientBuffer, Slot
+from megavila.training.gradients import GradientBuffer
 
 
 class OptimizerStateError(MegavilaError):

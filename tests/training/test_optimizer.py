@@ -7,7 +7,13 @@ from torch import nn
 from megavila.training.gradients import GradientBuffer, GradientError
 from megavila.training.optimizer import MasterAdamW, OptimizerStateError
 
-ALONE = SimpleNamespace(tensor=1, context=1, data=1)
+
+class OneRank:
+    def size(self):
+        return 1
+
+
+ALONE = SimpleNamespace(tensor_group=OneRank(), data_context_group=OneRank())
 
 
 def make_model(dtype=torch.float32, seed=0):
