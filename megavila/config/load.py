@@ -27,16 +27,16 @@ def load_config(cls: type[S], path: Path | None, overrides: Sequence[str] = ()) 
     merged = OmegaConf.create(_defaults(cls))
     if path is not None:
         loaded = _read_yaml(path)
-        _check_keys(loaded, known, str(path))
+        _check_keys(_tree(loaded, resolve=False), known, str(path))
         merged = OmegaConf.merge(merged, loaded)
     for override in overrides:
         merged = OmegaConf.merge(merged, _parse_override(override, known))
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = _tree(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path or 'overrides'}: {str(error).splitlines()[0]}") from None
     source = " + ".join([str(path)] * (path is not None) + ["overrides"] * bool(overrides)) or "config"
-    return build(cls, typing.cast(dict[str, Any], values), source)
+    return build(cls, values, source)
 
 
 def build(cls: type[S], values: Mapping[str, Any], source: str = "config") -> S:
@@ -110,6 +110,10 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
+def _tree(loaded: Any, *, resolve: bool) -> dict[str, Any]:
+    return typing.cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=resolve))
+
+
 def _parse_override(override: str, known: Mapping[str, bool]) -> DictConfig:
     key, separator, _ = override.partition("=")
     require(
@@ -122,9 +126,8 @@ def _parse_override(override: str, known: Mapping[str, bool]) -> DictConfig:
         raise ConfigError(f"override {override!r}: {' '.join(str(error).split())}") from None
 
 
-def _check_keys(values: Any, known: Mapping[str, bool], source: str, prefix: str = "") -> None:
-    plain = OmegaConf.to_container(values, resolve=False) if isinstance(values, DictConfig) else values
-    for name, value in plain.items():
+def _check_keys(values: Mapping[str, Any], known: Mapping[str, bool], source: str, prefix: str = "") -> None:
+    for name, value in values.items():
         key = f"{prefix}{name}"
         _require_known(key, known, source)
         if known[key] and isinstance(value, Mapping):

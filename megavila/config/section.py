@@ -3,7 +3,7 @@
 import types
 import typing
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from megavila.runtime.errors import MegavilaError
@@ -34,7 +34,7 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-@lru_cache(maxsize=None)
+@cache
 def type_hints(cls: type) -> dict[str, Any]:
     """Resolved annotations of a section class, by field name."""
     return typing.get_type_hints(cls)

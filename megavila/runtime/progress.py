@@ -45,9 +45,9 @@ class Progress:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[text]}"),
             )
-            self._bar = RichProgress(*columns, console=self._console)
-            self._bar.start()
-            self._task = self._bar.add_task(
+            bar = self._bar = RichProgress(*columns, console=self._console)
+            bar.start()
+            self._task = bar.add_task(
                 self._description, total=self._total, completed=self._completed, text=""
             )
         return self

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
 from megavila.runtime.topology import Topology
 
@@ -30,7 +30,7 @@ def seed_everything(seed: int, topology: Topology) -> None:
     random.seed(derive_seed(seed, "python"))
     np.random.seed(derive_seed(seed, "numpy") % 2**32)
     torch.manual_seed(derive_seed(seed, "torch"))
-    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker = _tracker()
     tracker.reset()
     base = derive_seed(seed, "megatron")
     tracker.add("data-parallel-rng", base)
@@ -45,9 +45,7 @@ def rng_state() -> dict[str, Any]:
         "numpy": [str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if _on_cuda() else None,
-        "megatron": {
-            name: state.clone() for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()
-        },
+        "megatron": {name: state.clone() for name, state in _tracker().get_states().items()},
     }
 
 
@@ -60,7 +58,13 @@ def load_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and _on_cuda():
         torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states({n: s.clone() for n, s in state["megatron"].items()})
+    _tracker().set_states({n: s.clone() for n, s in state["megatron"].items()})
+
+
+def _tracker() -> CudaRNGStatesTracker:
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None  # created on the first call
+    return tracker
 
 
 def _on_cuda() -> bool:

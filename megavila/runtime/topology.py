@@ -96,8 +96,6 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Topology:
         context_parallel_size=parallel.context_parallel,
         create_gloo_process_groups=platform.name == "cuda",  # on a CPU the groups are gloo already
     )
-    world = dist.group.WORLD
-    assert world is not None
     topology = Topology(
         tensor=parallel.tensor_parallel,
         context=parallel.context_parallel,
@@ -112,12 +110,12 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Topology:
         data_rank=parallel_state.get_data_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel > 1,
-        tensor_group=parallel_state.get_tensor_model_parallel_group(),
-        context_group=parallel_state.get_context_parallel_group(),
-        data_group=parallel_state.get_data_parallel_group(),
-        mrsp_group=parallel_state.get_tensor_and_context_parallel_group(),
-        data_context_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        world_group=world,
+        tensor_group=_built(parallel_state.get_tensor_model_parallel_group()),
+        context_group=_built(parallel_state.get_context_parallel_group()),
+        data_group=_built(parallel_state.get_data_parallel_group()),
+        mrsp_group=_built(parallel_state.get_tensor_and_context_parallel_group()),
+        data_context_group=_built(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        world_group=_built(dist.group.WORLD),
     )
     configure_logging(is_main=topology.is_main, rank=topology.rank)
     return topology
@@ -144,7 +142,13 @@ def _join(platform: Platform) -> None:
         device_id = platform.device if platform.name == "cuda" else None
         dist.init_process_group(platform.backend, init_method="env://", device_id=device_id)
     else:  # a world of one needs no port
-        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(platform.backend, store=store, rank=0, world_size=1)
+
+
+def _built(group: object) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup)  # Megatron's getters also know ranks outside of a group
+    return group
 
 
 def _next_multiple(number: int, of: int) -> int:
