@@ -1,4 +1,5 @@
-"""Interval attention against a dense fp64 specification and against torch's own SDPA, sequence by sequence."""
+"""Interval attention against a dense fp64 specification and against torch's own SDPA, sequence by
+sequence."""
 
 import importlib
 

@@ -1,8 +1,9 @@
 """One large block through torch's CPU flash attention, which returns and takes a log-sum-exp.
 
-Given the rows' global out and lse, its backward pass returns the exact partial gradients of the block. Query heads that
-share a K/V head are passed as the heads of one batch entry with K/V expanded by stride 0, so K/V is not copied for GQA.
-Computation is in fp32 (fp64 for fp64 inputs), because a half-precision kernel would round every partial result.
+Given the rows' global out and lse, its backward pass returns the exact partial gradients of the block. Query
+heads that share a K/V head are passed as the heads of one batch entry with K/V expanded by stride 0, so K/V
+is not copied for GQA. Computation is in fp32 (fp64 for fp64 inputs), because a half-precision kernel would
+round every partial result.
 """
 
 import torch
@@ -14,7 +15,8 @@ from megavila_kernels.interval_attention.plan import LargeBlock
 def flash_forward(
     q: Tensor, k: Tensor, v: Tensor, block: LargeBlock, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """out (rows, heads, d) and natural-log lse (rows, heads) of the block's rows over the block's keys alone."""
+    """out (rows, heads, d) and natural-log lse (rows, heads) of the block's rows over the block's keys
+    alone."""
     heads, repeat = q.shape[1], q.shape[1] // k.shape[1]
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         _queries(q[block.q0 : block.q1], repeat, dtype),
@@ -44,8 +46,8 @@ def flash_backward(
     rows, keys = slice(block.q0, block.q1), slice(block.k0, block.k1)
     tensors = [x[rows] for x in (dout, q, out)] + [x[keys] for x in (k, v)]
     if dlse is not None:
-        # The kernel computes delta = dout . out itself. One more column, with dlse in dout, 1 in v and 0 elsewhere,
-        # adds dlse to every dp and nothing to delta: exactly the gradient of the lse.
+        # The kernel computes delta = dout . out itself. One more column, with dlse in dout, 1 in v and 0
+        # elsewhere, adds dlse to every dp and nothing to delta: exactly the gradient of the lse.
         fills = [dlse[rows, :, None], 0.0, 0.0, 0.0, 1.0]
         tensors = [_with_column(x, fill) for x, fill in zip(tensors, fills, strict=True)]
     dout_block, q_block, out_block, k_block, v_block = tensors

@@ -27,18 +27,20 @@ def interval_attention(
 
     Args:
         q: (tokens_q, heads, d).
-        k, v: (tokens_k, kv_heads, d); kv_heads divides heads, query head h reads K/V head h // (heads // kv_heads).
+        k, v: (tokens_k, kv_heads, d); kv_heads divides heads, query head h reads K/V head h // (heads //
+            kv_heads).
         lo, hi: int32 (tokens_q,), half open; hi <= lo means that the row sees nothing.
         scale: factor of the scores, 1/sqrt(d) if None.
         backend: "auto", "torch" or "reference".
 
     Returns:
-        out (tokens_q, heads, d) in q's dtype, 0 for rows that see nothing, and lse (tokens_q, heads), the natural
-        logarithm of the softmax denominator in fp32 (fp64 for fp64 inputs), -inf for rows that see nothing. Both are
-        differentiable in q, k and v.
+        out (tokens_q, heads, d) in q's dtype, 0 for rows that see nothing, and lse (tokens_q, heads), the
+        natural logarithm of the softmax denominator in fp32 (fp64 for fp64 inputs), -inf for rows that see
+        nothing. Both are differentiable in q, k and v.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an interval outside the keys, an unknown backend.
+        ValueError: shapes, dtypes or devices that do not fit, an interval outside the keys, an unknown
+            backend.
     """
     if lo.dim() != 1 or lo.shape != hi.shape:
         raise ValueError(f"lo and hi must both be (tokens_q,); got {tuple(lo.shape)} and {tuple(hi.shape)}")
@@ -54,7 +56,8 @@ def attend(
     scale: float | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`interval_attention` over the union of several intervals a row; the mask's plan is shared by all calls with it."""
+    """`interval_attention` over the union of several intervals a row; the mask's plan is shared by all calls
+    with it."""
     _check(q, k, v, mask)
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; use one of {sorted(BACKENDS)}")

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 BlockShape = Literal["full", "causal", "general"]
 
-# A merged block may waste this share of its area, or this much outright, to save the overhead of a further block.
+# A merged block may waste this share of its area, or this much outright, to save the overhead of a further
+# block.
 MERGE_RATIO = 1.25
 MERGE_AREA = 1024
 # Ragged masks fall apart into one-row runs; up to this many rows are kept together at a higher waste.
@@ -27,8 +28,9 @@ MERGED_AREA_LIMIT = 1 << 18
 class Block:
     """Query rows [q0, q1) against keys [k0, k1).
 
-    `full`: every row sees every key. `causal`: aligned bottom right, the last row sees all, each row before it one
-    key less. `general`: rows see what interval number `interval` of the mask says, all of it within [k0, k1).
+    `full`: every row sees every key. `causal`: aligned bottom right, the last row sees all, each row before
+    it one key less. `general`: rows see what interval number `interval` of the mask says, all of it within
+    [k0, k1).
     """
 
     q0: int
@@ -56,9 +58,10 @@ class Block:
 class IntervalMask:
     """Each query row sees the union of n disjoint half-open key intervals; empty ones (hi <= lo) are allowed.
 
-    lo, hi: int32 (n, tokens_q). tokens_k: number of keys. Construction checks that the intervals lie within the keys
-    and that those of one row are disjoint (a key counted twice would be a silent error), which on CUDA tensors waits
-    for the device once. Plans are computed once per head count and device and shared by every layer that uses the mask.
+    lo, hi: int32 (n, tokens_q). tokens_k: number of keys. Construction checks that the intervals lie within
+        the keys and that those of one row are disjoint (a key counted twice would be a silent error), which
+        on CUDA tensors waits for the device once. Plans are computed once per head count and device and
+        shared by every layer that uses the mask.
     """
 
     lo: Tensor
@@ -110,7 +113,8 @@ class IntervalMask:
         return inside.any(dim=0)
 
     def plan(self, heads: int, kv_heads: int, device: torch.device) -> "Plan":
-        """The torch backend's execution plan, computed at the first call for these head counts and this device."""
+        """The torch backend's execution plan, computed at the first call for these head counts and this
+        device."""
         from megavila_kernels.interval_attention.plan import build_plan
 
         key = (heads, kv_heads, device)
@@ -122,8 +126,8 @@ class IntervalMask:
 def find_blocks(mask: IntervalMask, keep_area: int) -> list[Block]:
     """Rectangles that cover every visible (row, key) pair exactly once.
 
-    Runs of at least `keep_area` pairs stay as they are (`full` or `causal`); smaller neighbours are merged where the
-    rectangle around them wastes little.
+    Runs of at least `keep_area` pairs stay as they are (`full` or `causal`); smaller neighbours are merged
+    where the rectangle around them wastes little.
     """
     lo, hi = mask.bounds()
     blocks: list[Block] = []
@@ -135,7 +139,8 @@ def find_blocks(mask: IntervalMask, keep_area: int) -> list[Block]:
 
 
 def _runs(lo: np.ndarray, hi: np.ndarray, interval: int) -> Iterator[Block]:
-    """Maximal stretches of rows in which lo is constant and hi is constant (full) or grows by one a row (causal)."""
+    """Maximal stretches of rows in which lo is constant and hi is constant (full) or grows by one a row
+    (causal)."""
     rows = len(lo)
     seen = hi > lo
     joined = (lo[1:] == lo[:-1]) & seen[1:] & seen[:-1]

@@ -1,9 +1,10 @@
-"""Execution plan of the torch backend: chunks of similar small blocks, large blocks, and how their parts are joined.
+"""Execution plan of the torch backend: chunks of similar small blocks, large blocks, and how their parts are
+joined.
 
-Rows of q are addressed as (token, query head) pairs, `token * heads + head`, and rows of k and v as (token, kv head)
-pairs, so that one index_select brings a chunk into the layout its batched matmul wants and no K/V is repeated for GQA.
-Every chunk and every large block writes its partial results one after another into a flat buffer; a `Bags` object says
-which rows of that buffer belong to which row of the result.
+Rows of q are addressed as (token, query head) pairs, `token * heads + head`, and rows of k and v as (token,
+kv head) pairs, so that one index_select brings a chunk into the layout its batched matmul wants and no K/V is
+repeated for GQA. Every chunk and every large block writes its partial results one after another into a flat
+buffer; a `Bags` object says which rows of that buffer belong to which row of the result.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from megavila_kernels.interval_attention.mask import Block, IntervalMask, find_blocks
 
-# Blocks from this area on run one by one through the flash kernel (CPU); below, padded batched matmuls are faster.
+# Blocks from this area on run one by one through the flash kernel (CPU); below, padded batched matmuls are
+# faster.
 FLASH_AREA = 1 << 18
 # Scores per chunk (heads included) on a CPU: a few passes over them should stay in the L2 cache.
 CHUNK_SCORES_CPU = 1 << 18
@@ -131,7 +133,8 @@ def build_plan(mask: IntervalMask, heads: int, kv_heads: int, device: torch.devi
 
 
 def _flash_blocks(block: Block) -> list[Block]:
-    """The flash kernel aligns its causal mask top left: a bottom-right block is a full part and a causal square."""
+    """The flash kernel aligns its causal mask top left: a bottom-right block is a full part and a causal
+    square."""
     if block.shape == "full" or block.rows == block.keys:
         return [block]
     square = block.k1 - block.rows
@@ -181,7 +184,8 @@ def _chunk(
     k_start: int,
     device: torch.device,
 ) -> tuple[Chunk, np.ndarray, np.ndarray]:
-    """The chunk of these blocks, and for each of its q and k rows the (token, head) row it stands for or -1."""
+    """The chunk of these blocks, and for each of its q and k rows the (token, head) row it stands for or
+    -1."""
     rows, keys = max(b.rows for b in blocks), max(b.keys for b in blocks)
     q0, q1 = np.array([[b.q0] for b in blocks]), np.array([[b.q1] for b in blocks])
     k0, k1 = np.array([[b.k0] for b in blocks]), np.array([[b.k1] for b in blocks])

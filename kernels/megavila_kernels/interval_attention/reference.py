@@ -11,11 +11,12 @@ def reference_attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the union of each row's intervals, with the whole score matrix in memory.
 
-    out_i = sum_j p_ij v_j with p_ij = exp(scale q_i.k_j - lse_i) and lse_i = log sum_j exp(scale q_i.k_j), where j
-    runs over the keys that row i sees. A row that sees nothing has out = 0 and lse = -inf.
+    out_i = sum_j p_ij v_j with p_ij = exp(scale q_i.k_j - lse_i) and lse_i = log sum_j exp(scale q_i.k_j),
+    where j runs over the keys that row i sees. A row that sees nothing has out = 0 and lse = -inf.
 
-    q (tokens_q, heads, d); k, v (tokens_k, kv_heads, d). Computes in fp32, or in fp64 for fp64 inputs. Returns
-    out (tokens_q, heads, d) in q's dtype and lse (tokens_q, heads) in the computing dtype. Plain autograd.
+    q (tokens_q, heads, d); k, v (tokens_k, kv_heads, d). Computes in fp32, or in fp64 for fp64 inputs.
+    Returns out (tokens_q, heads, d) in q's dtype and lse (tokens_q, heads) in the computing dtype. Plain
+    autograd.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     repeat = q.shape[1] // k.shape[1]

@@ -1,11 +1,12 @@
 """Interval attention in plain torch: the CPU path, and the fallback where no Triton kernel runs.
 
-Partial results are fp32 (fp64 for fp64 inputs) and are joined once, so splitting a row over several blocks costs no
-precision. The backward pass recomputes probabilities from the row's global LSE, as FlashAttention-2 does (Dao 2023,
-algorithm 2), with delta_i = dout_i . out_i - dlse_i, which also carries a gradient that arrives at the LSE.
+Partial results are fp32 (fp64 for fp64 inputs) and are joined once, so splitting a row over several blocks
+costs no precision. The backward pass recomputes probabilities from the row's global LSE, as FlashAttention-2
+does (Dao 2023, algorithm 2), with delta_i = dout_i . out_i - dlse_i, which also carries a gradient that
+arrives at the LSE.
 
-Scores are kept in units of log 2: exp2 takes the same time for any argument, while the CPU's exp slows down up to a
-hundredfold on the very negative arguments that a mask produces.
+Scores are kept in units of log 2: exp2 takes the same time for any argument, while the CPU's exp slows down
+    up to a hundredfold on the very negative arguments that a mask produces.
 """
 
 import math
@@ -24,7 +25,8 @@ LN2 = math.log(2.0)
 
 
 def torch_attend(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> tuple[Tensor, Tensor]:
-    """q (tokens_q, heads, d), k and v (tokens_k, kv_heads, d) -> out like q, lse (tokens_q, heads); see `attend`."""
+    """q (tokens_q, heads, d), k and v (tokens_k, kv_heads, d) -> out like q, lse (tokens_q, heads); see
+    `attend`."""
     out, lse = _Attend.apply(q, k, v, mask.plan(q.shape[1], k.shape[1], q.device), scale)  # type: ignore[misc]
     return out, lse
 
@@ -93,7 +95,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the accumulation dtype, given the rows' final out and lse.
 
-    With the out and lse of a softmax over more keys than k holds, these are the exact partial gradients of this part.
+    With the out and lse of a softmax over more keys than k holds, these are the exact partial gradients of
+    this part.
     """
     d = q.shape[-1]
     dtype = _accumulation_dtype(q)
@@ -134,7 +137,8 @@ def attend_backward(
 
 
 class _Scratch:
-    """Working memory shared by all chunks of a call: fresh allocations would cost more than what fills them."""
+    """Working memory shared by all chunks of a call: fresh allocations would cost more than what fills
+    them."""
 
     def __init__(self, plan: Plan, d: int, dtype: torch.dtype, device: torch.device, backward: bool) -> None:
         def empty(*shape: int) -> Tensor:

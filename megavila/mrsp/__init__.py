@@ -1,0 +1,1 @@
+"""Multi-modal reinforcement sequence parallelism: one video read once, however many rollouts and GPUs."""
