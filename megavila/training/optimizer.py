@@ -74,9 +74,9 @@ class MasterAdamW:
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return ``{parameter name: {"exp_avg", "exp_avg_sq"}}`` and ``{"": {"step"}}``.
 
-        Parameters of a smaller type than the masters have a ``"master"`` besides; the others are their masters.
-        Tensors have the shape of this rank's part of the parameter and share memory with the optimizer: save
-        or copy them before the next step.
+        Parameters of a smaller type than the masters have a ``"master"`` besides; the others are their
+        masters. Tensors have the shape of this rank's part of the parameter and share memory with the
+        optimizer: save or copy them before the next step.
         """
         state: dict[str, dict[str, Tensor]] = {"": {"step": self._steps()[0].clone()}}
         for slot in self.gradients.slots:

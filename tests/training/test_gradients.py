@@ -18,7 +18,7 @@ WIDTH, INNER = 6, 10
 
 
 class Block(nn.Module):
-    """norm -> up -> down, with the inner width split over tensor ranks and the norm's tokens over them too."""
+    """norm -> up -> down; the inner width is split over tensor ranks, and the norm's tokens are too."""
 
     def __init__(self, rank: int, ranks: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_data_parallel(single, two_ranks):
         for kind in ("gradients", "weights"):
             for name, value in result[kind].items():
                 torch.testing.assert_close(
-                    value, single[kind][name], rtol=1e-4, atol=1e-6, msg=lambda text: f"{kind} {name}: {text}"
+                    value, single[kind][name], rtol=1e-4, atol=1e-6, msg=f"{kind} of {name} differ"
                 )
 
 
@@ -116,5 +116,5 @@ def test_tensor_parallel(single, two_ranks):
             if dimension is None:
                 assert torch.equal(*parts)
             torch.testing.assert_close(
-                whole, single[kind][name], rtol=1e-4, atol=1e-6, msg=lambda text: f"{kind} {name}: {text}"
+                whole, single[kind][name], rtol=1e-4, atol=1e-6, msg=f"{kind} of {name} differ"
             )
