@@ -112,12 +112,15 @@ class Layout:
         """(num_responses,) tokens of each response, empty ones included."""
         return torch.bincount(self.response_of_target, minlength=self.num_responses)
 
-    def context(self) -> "AttentionContext":
-        """Positions and attention for a forward pass that holds all tokens on one context rank."""
+    def context(self, backend: str = "auto") -> "AttentionContext":
+        """Positions and attention for a forward pass that holds all tokens on one context rank.
+
+        backend: of the interval kernel, as `model.attention_backend`.
+        """
         # Imported late: layouts are planned and printed where Megatron is not loaded.
         from megavila.models.attention import AttentionContext
 
-        return AttentionContext(position_ids=self.position_ids, attend=LocalAttention(self.mask))
+        return AttentionContext(position_ids=self.position_ids, attend=LocalAttention(self.mask, backend))
 
     def to(self, device: torch.device) -> "Layout":
         """The layout with its tensors on `device`; the mask is planned on the host and moves by itself."""

@@ -1,7 +1,6 @@
 """The public functions: shapes are checked here, then a backend computes."""
 
 import math
-from typing import Literal
 
 from torch import Tensor
 
@@ -9,7 +8,6 @@ from megavila_kernels.interval_attention.mask import IntervalMask
 from megavila_kernels.interval_attention.reference import reference_attend
 from megavila_kernels.interval_attention.torch_backend import torch_attend
 
-Backend = Literal["auto", "torch", "reference"]
 BACKENDS = {"auto": torch_attend, "torch": torch_attend, "reference": reference_attend}
 
 
@@ -21,7 +19,7 @@ def interval_attention(
     hi: Tensor,
     *,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention in which query row i sees the keys [lo[i], hi[i]).
 
@@ -54,7 +52,7 @@ def attend(
     mask: IntervalMask,
     *,
     scale: float | None = None,
-    backend: Backend = "auto",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`interval_attention` over the union of several intervals a row; the mask's plan is shared by all calls
     with it."""

@@ -1,0 +1,72 @@
+"""Log-probabilities of all responses of a layout: one forward pass, and the head on response tokens alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megavila.models.vlm import VisionLanguageModel
+from megavila.mrsp.layout import Layout
+
+MediaRows = Tensor | Sequence[Tensor | None] | None
+
+
+def response_logprobs(
+    model: VisionLanguageModel,
+    layout: Layout,
+    media_rows: MediaRows,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+) -> Tensor:
+    """Log-probability of every response token under the model, (layout.num_targets,) in fp32, differentiable.
+
+    Args:
+        layout: on the model's device.
+        media_rows: rows of all prompts of the layout in order, (rows, hidden), or one entry per prompt with
+            None for a prompt without video.
+        temperature: > 0, divides the logits as it did when the responses were sampled.
+        chunk: response tokens whose logits exist at one time.
+
+    Only the rows that predict a response token reach the output layer.
+    """
+    return _predict(model, layout, media_rows, temperature, chunk, with_entropy=False)[0]
+
+
+def response_logprobs_and_entropy(
+    model: VisionLanguageModel,
+    layout: Layout,
+    media_rows: MediaRows,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """As `response_logprobs`, with the entropy of each predicting distribution, (layout.num_targets,)."""
+    logprobs, entropy = _predict(model, layout, media_rows, temperature, chunk, with_entropy=True)
+    assert entropy is not None
+    return logprobs, entropy
+
+
+def _predict(
+    model: VisionLanguageModel,
+    layout: Layout,
+    media_rows: MediaRows,
+    temperature: float,
+    chunk: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:
+    rows = join_media_rows(media_rows)
+    embeddings = model.embed(layout.token_ids, layout.media_index, rows)
+    context = layout.context(model.config.attention_backend)
+    hidden = model(embeddings, context).index_select(0, layout.predictor_rows)
+    return model.token_logprobs(
+        hidden, layout.targets, temperature=temperature, chunk=chunk, with_entropy=with_entropy
+    )
+
+
+def join_media_rows(media_rows: MediaRows) -> Tensor | None:
+    """Rows of all prompts in order as one tensor, or None if no prompt has any."""
+    if media_rows is None or isinstance(media_rows, Tensor):
+        return media_rows
+    present = [rows for rows in media_rows if rows is not None]
+    return torch.cat(present) if present else None
