@@ -6,7 +6,7 @@ responses restart at the position after their common prompt, and a video's rows 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from megavila.runtime.errors import MegavilaError
 
 
-class MropeLayout(str, Enum):
+class MropeLayout(StrEnum):
     """How the three position axes share the rotary frequencies.
 
     SECTIONED: contiguous runs of frequencies for time, height, width (Qwen2-VL, Qwen2.5-VL).
