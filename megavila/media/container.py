@@ -62,7 +62,9 @@ def _choose_stream(path: str, container: InputContainer, stream: int | None) -> 
     if stream is not None:
         chosen = next((s for s in videos if s.index == stream), None)
         if chosen is None:
-            raise MediaError(path, f"stream {stream} is not one of its video streams {[s.index for s in videos]}")
+            raise MediaError(
+                path, f"stream {stream} is not one of its video streams {[s.index for s in videos]}"
+            )
     else:
         best = container.streams.best("video")
         chosen = next((s for s in videos if best is not None and s.index == best.index), videos[0])

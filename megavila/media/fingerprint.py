@@ -24,7 +24,9 @@ def fingerprint(path: str | os.PathLike[str], stream: int | None = None) -> str:
         stat = os.stat(name)
         digest = _content_digest(name, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
-        raise MediaError(name, "no such file" if isinstance(error, FileNotFoundError) else str(error)) from error
+        raise MediaError(
+            name, "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        ) from error
     return digest if stream is None else f"{digest}-{stream}"
 
 

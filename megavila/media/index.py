@@ -60,7 +60,11 @@ class VideoIndex:
     @cached_property
     def pts_seconds(self) -> np.ndarray:
         """(frames,) float64 presentation times in seconds, the first frame at 0."""
-        return (self.pts - self.pts[0]).astype(np.float64) * self.time_base.numerator / self.time_base.denominator
+        return (
+            (self.pts - self.pts[0]).astype(np.float64)
+            * self.time_base.numerator
+            / self.time_base.denominator
+        )
 
     @property
     def duration(self) -> float:
@@ -88,7 +92,9 @@ def probe(path: str | os.PathLike[str], stream: int | None = None) -> VideoIndex
     try:
         stat = os.stat(name)
     except OSError as error:
-        raise MediaError(name, "no such file" if isinstance(error, FileNotFoundError) else str(error)) from error
+        raise MediaError(
+            name, "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        ) from error
     return _probe(name, stat.st_size, stat.st_mtime_ns, stream)
 
 
@@ -112,7 +118,9 @@ def _packets(container: InputContainer, video: VideoStream) -> Iterator[Packet]:
             if packet.size:
                 yield packet
     except (av.error.InvalidDataError, av.error.EOFError) as error:
-        _log.warning("%s: stream %d is unreadable from some point on: %s", container.name, video.index, error.strerror)
+        _log.warning(
+            "%s: stream %d is unreadable from some point on: %s", container.name, video.index, error.strerror
+        )
 
 
 def _is_shown(packet: Packet, codec: str) -> bool:

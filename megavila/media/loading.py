@@ -37,7 +37,9 @@ def load_frames(
         lost = [frame for frame, valid in zip(frame_ids, result.valid.tolist(), strict=True) if not valid]
         names = ", ".join(str(frame) for frame in lost[:5]) + (", …" if len(lost) > 5 else "")
         why = f" ({'; '.join(result.errors)})" if result.errors else ""
-        raise MediaError(video.path, f"{len(lost)} of {len(frame_ids)} frames cannot be decoded: {names}{why}")
+        raise MediaError(
+            video.path, f"{len(lost)} of {len(frame_ids)} frames cannot be decoded: {names}{why}"
+        )
     return result.frames
 
 

@@ -121,7 +121,9 @@ def _decode_runs(path: str, target: _Target, runs: list[Run]) -> int:
     timed = target.index.timed  # otherwise frames are known by counting all of them, from the start
     with open_video(path, target.index.stream) as (container, video), media_errors(path):
         for run in runs:
-            decoded += _decode_run(container, video, target, run, skip=timed and target.index.codec in _SKIPPABLE)
+            decoded += _decode_run(
+                container, video, target, run, skip=timed and target.index.codec in _SKIPPABLE
+            )
             for back in RETRY_DISTANCES if timed else ():
                 missing = target.missing(run)
                 if not missing:
@@ -131,7 +133,9 @@ def _decode_runs(path: str, target: _Target, runs: list[Run]) -> int:
     return decoded
 
 
-def _decode_run(container: InputContainer, video: VideoStream, target: _Target, run: Run, *, skip: bool) -> int:
+def _decode_run(
+    container: InputContainer, video: VideoStream, target: _Target, run: Run, *, skip: bool
+) -> int:
     """Decode one run into `target` and return how many frames the codec put out.
 
     After the first sign of damage the rest of the run is left undecoded: later frames may lean on the damaged one,
@@ -198,4 +202,3 @@ def _run_packets(
         if begun:
             return
     raise MediaError(index.path, f"cannot seek to packet {run.start}; is the file changing?")
-

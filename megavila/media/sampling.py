@@ -14,8 +14,6 @@ from megavila.media.index import VideoIndex, probe
 from megavila.runtime.errors import MegavilaError
 
 
-
-
 @dataclass(frozen=True)
 class SampledVideo:
     """Frames of one video, chosen but not decoded: cheap, hashable, picklable.
