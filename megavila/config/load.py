@@ -147,12 +147,13 @@ def suggest(key: str, known: Mapping[str, bool]) -> str:
         if near := difflib.get_close_matches(name, siblings, n=1):
             return f"did you mean {siblings[near[0]]}?"
     leaves = [k for k, is_section in known.items() if not is_section]
-    near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.75)
-    if not near:  # the right name under the wrong section
+    near = [k for k in leaves if k.rpartition(".")[2] == name]  # the right name under the wrong section
+    near = near or difflib.get_close_matches(key, leaves, n=1, cutoff=0.75)
+    if not near:
         last = {k.rpartition(".")[2]: k for k in reversed(leaves)}
         near = [last[n] for n in difflib.get_close_matches(name, last, n=1, cutoff=0.75)]
     if near:
-        return f"did you mean {near[0]}?"
+        return f"did you mean {' or '.join(near)}?"
     parent = parent if known.get(parent) else ""
     return "valid keys are " + ", ".join(k for k in known if k.rpartition(".")[0] == parent)
 

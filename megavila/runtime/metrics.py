@@ -4,10 +4,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megavila.runtime.errors import MegavilaError
-from megavila.runtime.topology import Topology
+
+if TYPE_CHECKING:
+    from megavila.runtime.topology import Topology
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -15,7 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Writes step metrics under `run_dir`; does nothing on ranks other than the main one."""
 
-    def __init__(self, run_dir: Path, topology: Topology, *, tensorboard: bool = True) -> None:
+    def __init__(self, run_dir: Path, topology: "Topology", *, tensorboard: bool = True) -> None:
         self._dir = run_dir
         self._path = run_dir / METRICS_FILE
         self._enabled = topology.is_main

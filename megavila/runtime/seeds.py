@@ -2,13 +2,15 @@
 
 import hashlib
 import random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, get_cuda_rng_tracker
 
-from megavila.runtime.topology import Topology
+if TYPE_CHECKING:  # those who only derive seeds need not wait for Megatron-core's imports
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    from megavila.runtime.topology import Topology
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -21,7 +23,7 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def seed_everything(seed: int, topology: Topology) -> None:
+def seed_everything(seed: int, topology: "Topology") -> None:
     """Seeds Python, numpy, torch and Megatron's tracker.
 
     The default streams are equal on every rank, so that replicas initialise equally; Megatron's
@@ -61,7 +63,9 @@ def load_rng_state(state: dict[str, Any]) -> None:
     _tracker().set_states({n: s.clone() for n, s in state["megatron"].items()})
 
 
-def _tracker() -> CudaRNGStatesTracker:
+def _tracker() -> "CudaRNGStatesTracker":
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
     tracker = get_cuda_rng_tracker()
     assert tracker is not None  # created on the first call
     return tracker
