@@ -73,7 +73,9 @@ def reference_gather(sources: Sequence[Tensor], source_index: Tensor, row_index:
 
 class _ShardGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, extension: Any, source_index: Tensor, row_index: Tensor, *sources: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, extension: Any, source_index: Tensor, row_index: Tensor, *sources: Tensor
+    ) -> Tensor:
         ctx.extension = extension
         ctx.rows = [len(source) for source in sources]
         ctx.devices = [source.device for source in sources]
