@@ -48,6 +48,16 @@ class _Target:
             self.frames[row] = image
             self.valid[row] = True
 
+    def spoil_after_missing(self, run: Run) -> None:
+        """Take back the frames decoded after one that never came out: they lean on it, or carry its time."""
+        positions = self.index.positions
+        first = min((positions[f] for f in self.missing(run)), default=None)
+        for frame in run.frames if first is not None else ():
+            if positions[frame] > first:
+                for row in self.rows[frame]:
+                    self.frames[row] = 0
+                    self.valid[row] = False
+
     def missing(self, run: Run) -> list[int]:
         return [f for f in run.frames if not self.valid[self.rows[f][0]]]
 
@@ -130,6 +140,7 @@ def _decode_runs(path: str, target: _Target, runs: list[Run]) -> int:
                     break
                 for longer in plan_runs(target.index, missing, back):
                     decoded += _decode_run(container, video, target, longer, skip=False)
+            target.spoil_after_missing(run)
     return decoded
 
 

@@ -1,0 +1,135 @@
+"""Frame-exact against plain PyAV decoding of the whole file."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megavila.media import get_decoder, load_frames, probe, sample_video
+
+REAL_FILES = ("nasa_13013.mp4", "h264_10bits.mp4", "h265_video.mp4", "av1_video.mkv")
+SMALL = (36, 52)
+
+
+Reference = Callable[..., tuple[list[int | None], torch.Tensor]]
+
+
+def assert_exact(decode_everything: Reference, path: Path, stream: int | None = None) -> None:
+    ticks, expected = decode_everything(path, stream)
+    index = probe(path, stream)
+    assert index.num_frames == len(expected)
+    if index.timed:
+        assert index.pts.tolist() == ticks
+    rng = random.Random(7)
+    everything = list(range(index.num_frames))
+    scattered = [rng.sample(everything, k) for k in (1, 1, 3, 3, 9) if k <= len(everything)]
+    for workers, ids in ((1, everything), (2, everything), *((1, s) for s in scattered), (3, scattered[-1])):
+        result = get_decoder(workers=workers).decode(str(path), index, ids, None)
+        assert bool(result.valid.all()), (ids, result.errors)
+        assert torch.equal(result.frames, expected[ids]), ids
+        np.testing.assert_array_equal(result.pts.numpy(), index.pts_seconds[ids])
+
+
+def test_encoded_clips(clip_file: Callable[[str], Path], clip: Any, decode_everything: Reference) -> None:
+    path = clip_file(clip.name)
+    assert_exact(decode_everything, path)
+    index = probe(path)
+    assert index.num_frames == clip.frames
+    assert index.rotation % 360 == clip.rotation % 360
+
+
+@pytest.mark.parametrize("name", REAL_FILES)
+def test_real_files(videos_dir: Path, name: str, decode_everything: Reference) -> None:
+    assert_exact(decode_everything, videos_dir / name)
+
+
+def test_other_stream_of_a_real_file(videos_dir: Path, decode_everything: Reference) -> None:
+    assert_exact(decode_everything, videos_dir / "nasa_13013.mp4", stream=0)
+
+
+def test_timestamps_of_a_real_file(videos_dir: Path) -> None:
+    """Against a listing made by another program (ffprobe)."""
+    listing = json.loads((videos_dir / "nasa_13013.mp4.stream3.all_frames_info.json").read_text())
+    expected = [float(frame["pts_time"]) for frame in listing]
+    path = videos_dir / "nasa_13013.mp4"
+    assert probe(path).stream == 3
+    np.testing.assert_allclose(probe(path, stream=3).pts_seconds, expected, atol=1e-6)
+    video = sample_video(path, num_frames=11, stream=3)
+    np.testing.assert_allclose(video.timestamps, [expected[i] for i in video.frame_ids], atol=1e-6)
+
+
+def test_open_gop_has_leading_frames(clip_file: Callable[[str], Path]) -> None:
+    """The clip is what the open-GOP tests need: frames decoded after a random-access point but shown before it."""
+    index = probe(clip_file("open_gop.mp4"))
+    points = index.random_access
+    assert len(points) > 3
+    leading = [(index.positions > p) & (index.pts < index.packet_pts[p]) for p in points[1:]]
+    assert sum(bool(mask.any()) for mask in leading) >= 3
+
+
+def test_variable_rate_times(clip_file: Callable[[str], Path]) -> None:
+    expected = [(i * i + 20 * i) / 1000 for i in range(40)]
+    np.testing.assert_allclose(probe(clip_file("variable_rate.mkv")).pts_seconds, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["open_gop.mp4", "rotated_90.mp4", "vp9.webm"])
+def test_slices_are_the_whole(clip_file: Callable[[str], Path], name: str) -> None:
+    path = clip_file(name)
+    video = sample_video(path, num_frames=17)
+    whole = load_frames(video, SMALL)
+    assert whole.shape == (17, 3, *SMALL) and whole.dtype == torch.uint8
+    for cuts in ([0, 17], [0, 5, 6, 6, 17], [0, 1, 9, 17]):
+        parts = [load_frames(video, SMALL, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_slice_costs_a_slice(clip_file: Callable[[str], Path]) -> None:
+    path = clip_file("closed_gop.mp4")
+    index = probe(path)
+    decoder = get_decoder()
+    whole = decoder.decode(str(path), index, range(index.num_frames), SMALL).frames_decoded
+    quarter = decoder.decode(str(path), index, range(48, 60), SMALL).frames_decoded
+    assert whole == index.num_frames
+    assert quarter == 12
+
+
+def test_frames_nobody_refers_to_are_not_decoded(clip_file: Callable[[str], Path]) -> None:
+    path = clip_file("open_gop.mp4")
+    index = probe(path)
+    result = get_decoder().decode(str(path), index, [11, 23, 35, 47], None)
+    needed = sum(run_length for run_length in (12, 12, 12, 12))
+    assert result.frames_decoded < 0.8 * needed
+
+
+def test_resize_is_pillows_bicubic(clip_file: Callable[[str], Path]) -> None:
+    """The models' preprocessors resample with Pillow; only fixed-point rounding may differ."""
+    path = clip_file("closed_gop.mp4")
+    full = load_frames(sample_video(path, num_frames=3), None)
+    for size in ((28, 28), (448, 448), (31, 90)):
+        ours = load_frames(sample_video(path, num_frames=3), size)
+        for image, resized in zip(full, ours, strict=True):
+            pillow = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+                size[::-1], Image.Resampling.BICUBIC
+            )
+            difference = torch.from_numpy(np.array(pillow)).permute(2, 0, 1).int() - resized.int()
+            assert difference.abs().max() <= 4 and difference.abs().float().mean() < 0.3
+
+
+def test_swscale_resampler(clip_file: Callable[[str], Path]) -> None:
+    """FFmpeg's own resampling, applied before the frame is turned upright."""
+    path = clip_file("rotated_90.mp4")
+    ours = get_decoder("pyav_swscale").decode(str(path), probe(path), [0, 5], (100, 60)).frames
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    for row, frame in enumerate((frames[0], frames[5])):
+        resized = frame.reformat(100, 60, format="rgb24", interpolation="BICUBIC").to_ndarray()
+        assert np.array_equal(ours[row].permute(1, 2, 0).numpy(), np.rot90(resized))
