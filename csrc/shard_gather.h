@@ -1,7 +1,7 @@
 // Padded shard gather: what the Python binding, the CPU code and the CUDA code share.
 #pragma once
 
-#include <torch/extension.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <vector>
