@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 600.0
 
 
 class RankFailed(AssertionError):

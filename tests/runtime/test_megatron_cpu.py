@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
@@ -76,25 +76,41 @@ def _loss_and_gradients(
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient is not None, name
-        if parameter.tensor_model_parallel if hasattr(parameter, "tensor_model_parallel") else False:
-            # Split weights: the sum of squares over ranks is the whole matrix's.
+        if getattr(parameter, "tensor_model_parallel", False):  # split: compare the whole matrix's norm
             out[name] = all_reduce_sum(gradient.square().sum(), topology.tensor_group)
         elif topology.sequence_parallel:  # whole weights that saw a slice of the tokens each
             out[name] = all_reduce_sum(gradient, topology.tensor_group)
         else:
             out[name] = gradient
-    shutdown()
+    parallel_state.destroy_model_parallel()
     return out
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_tensor_and_sequence_parallel_equal_one_rank(recompute: bool) -> None:
+def _on_two_ranks(
+    rank: int,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[float], list[float]]:
+    plain = _loss_and_gradients(rank, 2, recompute=False)
+    recomputed = _loss_and_gradients(rank, 2, recompute=True)
+    topology = initialize(ParallelConfig(tensor_parallel=2), get_platform("cpu"))
+    seed_everything(5, topology)
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        inside = torch.rand(3).tolist()
+    return plain, recomputed, torch.rand(3).tolist(), inside
+
+
+def test_two_ranks() -> None:
     one = _loss_and_gradients(0, 1, recompute=False)
-    for split in run_ranks(_loss_and_gradients, 2, 2, recompute):
+    ranks = run_ranks(_on_two_ranks, 2)
+    # Tensor and sequence parallel, with and without recomputation, equals one rank.
+    for split in [r[0] for r in ranks] + [r[1] for r in ranks]:
         assert split.keys() == one.keys() and len(one) == 16
         for name, expected in one.items():
             error = (split[name] - expected).norm() / expected.norm()
             assert error < 1e-5, f"{name}: relative error {error:.1e}"
+    # The default random stream is shared, the model-parallel stream is each rank's own.
+    assert ranks[0][2] == ranks[1][2]
+    assert ranks[0][3] != ranks[1][3]
+    assert ranks[0][2] != ranks[0][3]
 
 
 def test_recomputation_repeats_dropout_masks() -> None:
@@ -104,21 +120,6 @@ def test_recomputation_repeats_dropout_masks() -> None:
     assert not torch.equal(plain["loss"], without["loss"])
     for name, expected in plain.items():
         assert torch.equal(again[name], expected), name
-
-
-def _streams(rank: int) -> tuple[list[float], list[float]]:
-    topology = initialize(ParallelConfig(tensor_parallel=2), get_platform("cpu"))
-    seed_everything(5, topology)
-    with tensor_parallel.get_cuda_rng_tracker().fork():
-        inside = torch.rand(3).tolist()
-    return torch.rand(3).tolist(), inside
-
-
-def test_default_stream_is_shared_and_model_parallel_stream_is_not() -> None:
-    (default0, inside0), (default1, inside1) = run_ranks(_streams, 2)
-    assert default0 == default1
-    assert inside0 != inside1
-    assert default0 != inside0
 
 
 def test_fork_leaves_the_outer_stream_alone_and_goes_on_inside() -> None:

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megavila.config import ParallelConfig
 from megavila.runtime.collectives import (
@@ -20,7 +22,7 @@ from megavila.runtime.collectives import (
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.platform import get_platform
 from megavila.runtime.topology import data_degree, initialize, shutdown
-from tests.distributed import RankFailed, run_ranks
+from tests.distributed import run_ranks
 
 
 def test_world_of_one_without_torchrun() -> None:
@@ -35,7 +37,7 @@ def test_world_of_one_without_torchrun() -> None:
         assert not dist.is_initialized()
 
 
-def _groups(rank: int, tensor: int, context: int) -> dict[str, object]:
+def _coordinates_and_groups(rank: int, tensor: int, context: int) -> dict[str, Any]:
     topology = initialize(
         ParallelConfig(tensor_parallel=tensor, context_parallel=context), get_platform("cpu")
     )
@@ -50,20 +52,62 @@ def _groups(rank: int, tensor: int, context: int) -> dict[str, object]:
     return {"coordinates": coordinates, **groups}
 
 
-def test_coordinates_and_groups_of_four_ranks() -> None:
-    ranks = run_ranks(_groups, 4, 2, 1)
+def _collectives(rank: int) -> dict[str, Any]:
+    group = dist.group.WORLD
+    assert group is not None
+    # 256 + 1 needs nine bits and bfloat16 has eight: summed in it, 256 + 1 + 1 + 1 would stay 256.
+    half = torch.tensor([256.0 if rank == 0 else 1.0], dtype=torch.bfloat16)
+    untouched = half.clone()
+    result = {
+        "half": all_reduce_sum(half, group),
+        "transposed": all_reduce_sum(torch.arange(6.0).view(2, 3).T, group),
+        "max": all_reduce_max(torch.tensor([rank, -rank]), group).tolist(),
+        "broadcast": broadcast_object({"from": rank}, group, src=1),
+        "objects": gather_objects("abcd"[rank], group),
+    }
+    assert torch.equal(half, untouched)
+    barrier(group)
+    return result
+
+
+def _on_four_ranks(rank: int) -> dict[str, Any]:
+    with_data = _coordinates_and_groups(rank, 2, 1)
+    parallel_state.destroy_model_parallel()
+    with_context = _coordinates_and_groups(rank, 2, 2)
+    return {"tp2 x dp2": with_data, "tp2 x cp2": with_context, "collectives": _collectives(rank)}
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> list[dict[str, Any]]:
+    """One start of four processes for all the tests that look at them."""
+    return run_ranks(_on_four_ranks, 4)
+
+
+def test_coordinates_and_groups_of_four_ranks(four_ranks: list[dict[str, Any]]) -> None:
+    ranks = [r["tp2 x dp2"] for r in four_ranks]
     assert [r["coordinates"] for r in ranks] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
+    assert [r["tensor_group"] for r in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [r["mrsp_group"] for r in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [r["data_group"] for r in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [r["context_group"] for r in ranks] == [[0], [1], [2], [3]]
 
 
-def test_context_parallel_replica_is_one_mrsp_group() -> None:
-    ranks = run_ranks(_groups, 4, 2, 2)
+def test_context_parallel_replica_is_one_mrsp_group(four_ranks: list[dict[str, Any]]) -> None:
+    ranks = [r["tp2 x cp2"] for r in four_ranks]
     assert [r["coordinates"] for r in ranks] == [(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)]
     assert all(r["mrsp_group"] == [0, 1, 2, 3] for r in ranks)
     assert [r["context_group"] for r in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [r["data_context_group"] for r in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+def test_collectives(four_ranks: list[dict[str, Any]]) -> None:
+    for result in (r["collectives"] for r in four_ranks):
+        assert result["half"].dtype == torch.bfloat16
+        assert result["half"].item() == torch.tensor(259.0).bfloat16().item() == 260.0
+        assert torch.equal(result["transposed"], 4 * torch.arange(6.0).view(2, 3).T)
+        assert result["max"] == [3, 0]
+        assert result["broadcast"] == {"from": 1}
+        assert result["objects"] == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize(
@@ -90,53 +134,6 @@ def test_nothing_is_started_where_degrees_do_not_fit() -> None:
 def test_pipeline_stages_are_refused_with_alternatives() -> None:
     with pytest.raises(MegavilaError, match=r"pipeline_parallel is 2.*parallel.tensor_parallel"):
         data_degree(ParallelConfig(pipeline_parallel=2), 2)
-
-
-def _collectives(rank: int) -> dict[str, object]:
-    group = initialize(ParallelConfig(), get_platform("cpu")).world_group
-    # 256 + 1 needs nine bits: bfloat16 has eight, so only a float32 sum rounds once, to 260 rather than 256.
-    half = torch.tensor([256.0 if rank == 0 else 1.0], dtype=torch.bfloat16)
-    untouched = half.clone()
-    result = {
-        "half": all_reduce_sum(half, group),
-        "transposed": all_reduce_sum(torch.arange(6.0).view(2, 3).T, group),
-        "max": all_reduce_max(torch.tensor([rank, -rank]), group).tolist(),
-        "broadcast": broadcast_object({"from": rank}, group, src=1),
-        "objects": gather_objects("abc"[rank], group),
-    }
-    assert torch.equal(half, untouched)
-    barrier(group)
-    return result
-
-
-def test_collectives() -> None:
-    for result in run_ranks(_collectives, 3):
-        assert result["half"].dtype == torch.bfloat16 and result["half"].item() == 258.0
-        assert torch.equal(result["transposed"], 3 * torch.arange(6.0).view(2, 3).T)
-        assert result["max"] == [2, 0]
-        assert result["broadcast"] == {"from": 1}
-        assert result["objects"] == ["a", "b", "c"]
-
-
-def _fails_on_rank_one(rank: int) -> int:
-    if rank == 1:
-        raise ValueError("only here")
-    dist.barrier()
-    return rank
-
-
-def _dies(rank: int) -> int:
-    if rank == 1:
-        os._exit(0)
-    dist.barrier()
-    return rank
-
-
-def test_run_ranks_reports_the_failing_rank() -> None:
-    with pytest.raises(RankFailed, match=r"(?s)rank 1 of 2.*ValueError: only here"):
-        run_ranks(_fails_on_rank_one, 2)
-    with pytest.raises(RankFailed, match="rank 1 ended with exit code 0|rank 0 of 2"):
-        run_ranks(_dies, 2)
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
