@@ -1,0 +1,232 @@
+"""Group relative policy optimisation on long videos: section 4.2 of arXiv 2507.07966.
+
+For each question q the policy samples a group of G responses o_1 … o_G; rule-based rewards r_i (format,
+accuracy) are normalised within the group to advantages A_i (equation 2); the policy then maximises, over G
+and over questions,
+
+    min(ratio_i · A_i, clip(ratio_i, 1 - eps, 1 + eps) · A_i) - beta · KL(policy || reference)      (equation
+    1)
+
+Each video is encoded once for all of this, and each prompt stands once before its G responses.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megavila.config import GrpoRunConfig
+from megavila.mrsp.layout import Layout, build_layout
+from megavila.mrsp.logprobs import response_logprobs, response_logprobs_and_entropy
+from megavila.rewards import Scorer
+from megavila.rl.advantages import group_advantages
+from megavila.rl.dump import dump_rollouts
+from megavila.rl.groups import ScoredGroup, split_updates
+from megavila.rl.losses import PolicyLossOptions, StepSize, policy_loss, token_weights
+from megavila.rl.reference import ReferenceWeights
+from megavila.rl.report import compare_with_engine, describe_groups, describe_update, finish, prepare
+from megavila.rollout.protocol import RolloutEngine, SamplingParams
+from megavila.runtime.seeds import derive_seed
+from megavila.training.agreement import together
+from megavila.training.batching import Piece, micro_batches
+from megavila.training.examples import Example, draw_examples
+from megavila.training.session import Session
+from megavila.training.tally import Tally, sum_over_data
+from megavila.training.update import apply_update, skip_update
+
+
+class GrpoTrainer:
+    """One rollout batch, and the updates from it, a step."""
+
+    label = "GRPO"
+    headline = ("reward/mean", "reward/accuracy", "grpo/loss")
+
+    def __init__(self, session: Session, engine: RolloutEngine, scorer: Scorer) -> None:
+        config = session.config
+        assert isinstance(config, GrpoRunConfig)
+        self.session = session
+        self.config = config
+        self.engine = engine
+        self.scorer = scorer
+        self.options = PolicyLossOptions(
+            clip_low=config.grpo.clip_low,
+            clip_high=config.grpo.clip_high,
+            kl_coef=config.grpo.kl_beta,
+            kl_estimator=config.grpo.kl_estimator,
+            aggregation=config.grpo.loss_aggregation,
+        )
+        self.sampling = SamplingParams(
+            max_tokens=config.rollout.max_response_tokens,
+            temperature=config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            stop=config.rollout.stop,
+            group_size=config.rollout.group_size,
+        )
+        # The policy that sampled is the policy that is updated only in the first of a batch's updates.
+        self.on_policy = config.grpo.updates_per_batch * config.grpo.epochs_per_batch == 1
+        self.reference_model = ReferenceWeights(session.model) if config.grpo.kl_beta > 0 else None
+        self.reference = self.reference_model.fingerprint(session.topology) if self.reference_model else ""
+
+    def train_step(self, step: int) -> Mapping[str, float]:
+        """Sample a batch, score it and learn from it; return the step's metrics."""
+        config, tally = self.config.grpo, Tally()
+        prepare(tally)
+        examples = draw_examples(self.session, config.prompts_per_step, tally)
+        groups = self.rollout(step, examples, tally)
+        dump_rollouts(self.session, step, groups)
+        describe_groups(groups, tally)
+        if config.drop_zero_variance:
+            groups = [group for group in groups if group.informative]
+        old = None if self.on_policy else self.old_logprobs(groups, tally)
+        reference = self.reference_logprobs(groups, tally)
+        for _ in range(config.epochs_per_batch):
+            for part in split_updates(groups, config.prompts_per_step, config.updates_per_batch):
+                self.update(part, old, reference, tally)
+        with self.session.timers("time/weight_transfer"):
+            self.engine.update_weights()
+        self.session.encoder.report(self.session.prompts.builder.tokens_per_frame, tally)
+        updates = config.updates_per_batch * config.epochs_per_batch
+        return finish(tally.reduce(self.session.topology), updates)
+
+    def rollout(self, step: int, examples: Sequence[Example], tally: Tally) -> list[ScoredGroup]:
+        """Sample G responses to each prompt, score them and compute their advantages."""
+        seed = self.config.run.seed
+        with self.session.timers("time/rollout"):
+            sampled = self.engine.generate(
+                [example.prompt for example in examples],
+                [example.media_rows for example in examples],
+                self.sampling,
+                [derive_seed(seed, "rollout", step, e.prompt.row.problem_id) for e in examples],
+            )
+        with self.session.timers("time/reward"):
+            rows = [
+                example.prompt.row for example, group in zip(examples, sampled, strict=True) for _ in group
+            ]
+            texts = [response.text for group in sampled for response in group]
+            scores = together(lambda: self.scorer.score(rows, texts), self.session.topology)
+        groups = []
+        size = self.sampling.group_size
+        for place, (example, responses) in enumerate(zip(examples, sampled, strict=True)):
+            own = tuple(scores[place * size : (place + 1) * size])
+            rewards = torch.tensor([[score.total for score in own]], dtype=torch.float32)
+            advantages = group_advantages(
+                rewards, scale="group" if self.config.grpo.advantage_std else "none"
+            )
+            groups.append(
+                ScoredGroup(
+                    index=example.index,
+                    prompt=example.prompt,
+                    media_rows=example.media_rows,
+                    responses=responses,
+                    scores=own,
+                    advantages=advantages.values[0],
+                    informative=bool(advantages.informative[0]),
+                )
+            )
+        return groups
+
+    def old_logprobs(self, groups: Sequence[ScoredGroup], tally: Tally) -> dict[int, list[Tensor]]:
+        """Log-probs under the policy that sampled, as the trainer computes them, before it changes."""
+        with self.session.timers("time/old_logprob"):
+            old = self._logprobs(groups, tally)
+        for group in groups:
+            for response, logprobs in zip(group.responses, old[group.index], strict=True):
+                compare_with_engine(response.logprobs, logprobs, tally)
+        return old
+
+    def reference_logprobs(
+        self, groups: Sequence[ScoredGroup], tally: Tally
+    ) -> dict[int, list[Tensor]] | None:
+        """Log-probs under the reference model, None where it has no say."""
+        if self.reference_model is None:
+            return None
+        with self.session.timers("time/ref_logprob"), self.reference_model.in_place():
+            return self._logprobs(groups, tally)
+
+    @torch.no_grad()
+    def _logprobs(self, groups: Sequence[ScoredGroup], tally: Tally) -> dict[int, list[Tensor]]:
+        """Log-probs of every response, by the index of its group."""
+        found: dict[int, list[Tensor]] = {group.index: [] for group in groups}
+        for batch in self._micro_batches(groups):
+            layout, media_rows = self._lay_out(groups, batch, tally)
+            logprobs = response_logprobs(
+                self.session.model, layout, media_rows, temperature=self.sampling.temperature
+            )
+            pieces = iter(logprobs.split(layout.response_lengths.tolist()))
+            for piece in batch:
+                for _ in piece.group.responses:
+                    found[groups[piece.owner].index].append(next(pieces))
+        return found
+
+    def update(
+        self,
+        groups: Sequence[ScoredGroup],
+        old: dict[int, list[Tensor]] | None,
+        reference: dict[int, list[Tensor]] | None,
+        tally: Tally,
+    ) -> None:
+        """One step of the optimizer along the gradient of equation 1 over ``groups`` of all ranks."""
+        counts = {
+            "sequences": sum(len(group.responses) for group in groups),
+            "tokens": sum(group.num_tokens for group in groups),
+        }
+        size = StepSize(**sum_over_data(counts, self.session.topology))
+        if size.sequences == 0:  # no group of the batch differs in its rewards: there is no gradient
+            skip_update(self.session, tally)
+            return
+        with self.session.timers("time/update"):
+            for batch in self._micro_batches(groups):
+                self._accumulate(groups, batch, size, old, reference, tally)
+            apply_update(self.session, tally)
+
+    def _accumulate(
+        self,
+        groups: Sequence[ScoredGroup],
+        batch: Sequence[Piece],
+        size: StepSize,
+        old: dict[int, list[Tensor]] | None,
+        reference: dict[int, list[Tensor]] | None,
+        tally: Tally,
+    ) -> None:
+        """Add the gradient of one micro-batch."""
+        layout, media_rows = self._lay_out(groups, batch, tally, grad=True)
+        logprobs, entropy = response_logprobs_and_entropy(
+            self.session.model, layout, media_rows, temperature=self.sampling.temperature
+        )
+        owners = [(groups[piece.owner], slice(piece.first, piece.stop)) for piece in batch]
+        advantages = torch.cat([group.advantages[part] for group, part in owners]).to(logprobs.device)
+        weights = token_weights(
+            layout.response_of_target, layout.response_lengths, size, self.options.aggregation
+        )
+        loss, stats = policy_loss(
+            logprobs,
+            None if old is None else torch.cat([t for g, part in owners for t in old[g.index][part]]),
+            advantages[layout.response_of_target],
+            weights,
+            self.options,
+            ref_logprobs=None
+            if reference is None
+            else torch.cat([t for g, part in owners for t in reference[g.index][part]]),
+            entropy=entropy,
+        )
+        loss.backward()
+        describe_update(stats, tally)
+        if old is None:
+            engine = torch.cat([response.logprobs for g, part in owners for response in g.responses[part]])
+            compare_with_engine(engine, logprobs.detach(), tally)
+
+    def _micro_batches(self, groups: Sequence[ScoredGroup]) -> list[list[Piece]]:
+        budget, kind = self.config.grpo.max_tokens_per_microbatch, self.config.mrsp.layout
+        return micro_batches([group.group for group in groups], budget, kind)
+
+    def _lay_out(
+        self, groups: Sequence[ScoredGroup], batch: Sequence[Piece], tally: Tally, *, grad: bool = False
+    ) -> tuple[Layout, list[Tensor | None]]:
+        layout = build_layout([piece.group for piece in batch], self.config.mrsp.layout)
+        tally.total("tokens/llm_forward", layout.num_tokens)
+        owners = [groups[piece.owner] for piece in batch]
+        media_rows = self.session.encoder.rows_for_training(
+            [group.prompt for group in owners], [group.media_rows for group in owners], grad=grad
+        )
+        return layout.to(self.session.platform.device), media_rows

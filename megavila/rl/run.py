@@ -1,0 +1,43 @@
+"""A whole GRPO run, from its config to an exported model."""
+
+from pathlib import Path
+
+from megavila.config import GrpoRunConfig
+from megavila.rewards import Scorer
+from megavila.rl.grpo import GrpoTrainer
+from megavila.rollout.megatron import MegatronEngine
+from megavila.runtime.errors import MegavilaError
+from megavila.training.augment import RowTransform
+from megavila.training.loop import Evaluate, run
+from megavila.training.session import open_session
+
+
+def run_grpo(
+    config: GrpoRunConfig, *, transform: RowTransform | None = None, evaluate: Evaluate | None = None
+) -> Path:
+    """Train as configured and return the directory of the exported model, ``<run>/hf``.
+
+    Args:
+        transform: changes rows as they are drawn, to other numbers of frames for example.
+        evaluate: called every ``run.eval_every`` steps with the session and the step.
+    """
+    budget, response = config.grpo.max_tokens_per_microbatch, config.rollout.max_response_tokens
+    if budget <= response:
+        raise MegavilaError(
+            f"grpo.max_tokens_per_microbatch is {budget}, which leaves no room for a prompt beside a response of "
+            f"rollout.max_response_tokens {response}; raise the first or lower the second"
+        )
+    if config.rollout.engine != "megatron":
+        raise MegavilaError(
+            f"rollout.engine {config.rollout.engine} cannot train yet; use rollout.engine=megatron"
+        )
+    with open_session(config, max_prompt_tokens=budget - response, transform=transform) as session:
+        engine = MegatronEngine(
+            session.model,
+            session.tokenizer,
+            session.topology,
+            max_batch_tokens=config.rollout.max_batch_tokens,
+        )
+        scorer = Scorer(config.reward)
+        scorer.check(session.rows)
+        return run(session, GrpoTrainer(session, engine, scorer), evaluate)

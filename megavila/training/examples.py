@@ -1,0 +1,59 @@
+"""This rank's share of a step: prompts, with their videos encoded."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megavila.data.prompt import Prompt
+from megavila.media import MediaError
+from megavila.runtime.logging import get_logger
+from megavila.training.agreement import together
+from megavila.training.session import Session
+from megavila.training.tally import Tally
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A prompt of this rank.
+
+    Attributes:
+        index: its place among the step's prompts of all data-parallel ranks.
+        media_rows: (rows, hidden) without gradient, None for a prompt without media.
+    """
+
+    index: int
+    prompt: Prompt
+    media_rows: Tensor | None
+
+
+def draw_examples(session: Session, count: int, tally: Tally) -> list[Example]:
+    """Draw the step's ``count`` prompts and encode those of this rank.
+
+    Every rank draws the same prompts and takes every data-parallel-degree-th of them. A video that turns out
+    to be damaged only when it is decoded is an error or, with data.on_bad_media=skip, leaves the step one
+    prompt short.
+    """
+    before = session.prompts.failed
+    examples = together(lambda: _encode(session, session.prompts.next(count), tally), session.topology)
+    if session.topology.data_rank == 0:
+        tally.total("media/failed", session.prompts.failed - before)
+    session.state.rows += count
+    return examples
+
+
+def _encode(session: Session, prompts: list[Prompt], tally: Tally) -> list[Example]:
+    own = range(session.topology.data_rank, len(prompts), session.topology.data)
+    examples = []
+    tally.total("media/failed", 0)
+    tally.total("media/videos", 0)
+    for index, rows in zip(own, session.encoder.rows([prompts[index] for index in own]), strict=True):
+        prompt = prompts[index]
+        if isinstance(rows, MediaError):
+            tally.total("media/failed", 1)
+            logger.warning("skipped %s: %s", prompt.row.source or prompt.row.problem_id, rows)
+            continue
+        examples.append(Example(index, prompt, rows))
+        tally.total("media/videos", len(prompt.videos))
+    return examples

@@ -1,0 +1,171 @@
+"""Everything a trainer works with, built from its config in one place."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from megavila.checkpoint.manager import CheckpointManager
+from megavila.config import ModelConfig, TrainingRoot, check_split, save_config
+from megavila.data.dataset import GroupSampler, PromptStream
+from megavila.data.prompt import PromptBuilder
+from megavila.data.row import Row
+from megavila.data.rows import read_rows
+from megavila.data.template import PromptTemplate
+from megavila.data.tokenizer import Tokenizer, load_tokenizer
+from megavila.models import VisionLanguageModel, build_model, resolve_config, tokens_per_frame
+from megavila.runtime.errors import MegavilaError
+from megavila.runtime.metrics import MetricsWriter
+from megavila.runtime.platform import Platform, get_platform
+from megavila.runtime.seeds import derive_seed, seed_everything
+from megavila.runtime.timers import Timers
+from megavila.runtime.topology import Topology, initialize, shutdown
+from megavila.training.augment import RowTransform, TransformedSampler
+from megavila.training.gradients import GradientBuffer
+from megavila.training.media import MediaEncoder
+from megavila.training.optimizer import MasterAdamW
+from megavila.training.state import TrainState, load_model_state
+
+
+@dataclass(frozen=True)
+class Session:
+    """The parts of one training run on this rank. ``state`` alone changes as the run goes on."""
+
+    config: TrainingRoot
+    platform: Platform
+    topology: Topology
+    directory: Path
+    tokenizer: Tokenizer
+    rows: Sequence[Row]
+    model: VisionLanguageModel
+    gradients: GradientBuffer
+    optimizer: MasterAdamW
+    prompts: PromptStream
+    encoder: MediaEncoder
+    metrics: MetricsWriter
+    timers: Timers
+    checkpoints: CheckpointManager
+    state: TrainState = field(default_factory=TrainState)
+
+
+@contextmanager
+def open_session(
+    config: TrainingRoot, *, max_prompt_tokens: int, transform: RowTransform | None = None
+) -> Iterator[Session]:
+    """Join the processes, build all parts and yield them; leave the process groups at the end.
+
+    Args:
+        max_prompt_tokens: a longer prompt is an error that names the row, before anything is computed.
+        transform: changes each row each time it is drawn; see `augment`.
+    """
+    platform = get_platform(config.run.device)
+    topology = initialize(config.parallel, platform)
+    try:
+        yield _build(config, platform, topology, max_prompt_tokens, transform)
+    finally:
+        shutdown()
+
+
+def _build(
+    config: TrainingRoot,
+    platform: Platform,
+    topology: Topology,
+    max_prompt_tokens: int,
+    transform: RowTransform | None,
+) -> Session:
+    seed_everything(config.run.seed, topology)
+    # What may be wrong with the user's files comes first: a large model takes minutes to build.
+    tokenizer = load_tokenizer(tokenizer_path(config.model))
+    model_config = with_vocabulary(resolve_config(config.model), tokenizer)
+    check_split(model_config, config.parallel)
+    rows = read_training_rows(config)
+    sampler = GroupSampler(rows, derive_seed(config.run.seed, "rows"))
+    if transform is not None:
+        sampler = TransformedSampler(sampler, transform, config.run.seed)
+    builder = make_prompt_builder(config, model_config, tokenizer, max_prompt_tokens)
+    model = build_model(model_config, topology, platform, seed=config.run.seed)
+    if config.checkpoint.init_from is not None:
+        load_initial_weights(model, Path(config.checkpoint.init_from), topology)
+    gradients = GradientBuffer(model.named_parameters(), topology)
+    options = config.optimizer
+    directory, timers = config.run.directory, Timers(platform)
+    if topology.is_main:
+        save_config(config, directory / "config.yaml")
+    return Session(
+        config=config,
+        platform=platform,
+        topology=topology,
+        directory=directory,
+        tokenizer=tokenizer,
+        rows=rows,
+        model=model,
+        gradients=gradients,
+        optimizer=MasterAdamW(
+            gradients, weight_decay=options.weight_decay, betas=options.betas, eps=options.eps
+        ),
+        prompts=PromptStream(sampler, builder),
+        encoder=MediaEncoder(config, model, timers),
+        metrics=MetricsWriter(directory, topology),
+        timers=timers,
+        checkpoints=CheckpointManager(
+            directory / "checkpoints", config.checkpoint.keep_last or sys.maxsize, topology
+        ),
+    )
+
+
+def tokenizer_path(config: ModelConfig) -> Path:
+    """Return where the model's tokenizer lies: `model.tokenizer`, or in the checkpoint (VILA: in its ``llm``)."""
+    if config.tokenizer is not None:
+        return Path(config.tokenizer)
+    if config.path is None:
+        raise MegavilaError("model.tokenizer is not set; name a tokenizer directory or a sentencepiece model")
+    inner = Path(config.path) / "llm"
+    return inner if inner.is_dir() else Path(config.path)
+
+
+def with_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Return ``config`` with the tokenizer's vocabulary size where none is set.
+
+    Raises:
+        MegavilaError: the tokenizer has tokens that the model has no row for.
+    """
+    assert config.language is not None
+    size = config.language.vocab_size
+    if size is None:
+        return replace(config, language=replace(config.language, vocab_size=tokenizer.vocab_size))
+    if size < tokenizer.vocab_size:
+        raise MegavilaError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.language.vocab_size is {size}; raise it to at "
+            "least the first, or leave it out"
+        )
+    return config
+
+
+def read_training_rows(config: TrainingRoot) -> list[Row]:
+    """Return the rows of all files of `data.train`, in order."""
+    return [row for path in config.data.train for row in read_rows(path, config.data).rows]
+
+
+def make_prompt_builder(
+    config: TrainingRoot, model: ModelConfig, tokenizer: Tokenizer, max_prompt_tokens: int | None
+) -> PromptBuilder:
+    """Return the builder that fits the model: its tokens per frame, temporal pooling and longest sequence."""
+    rows_per_frame = 1
+    if model.vision is not None:
+        rows_per_frame = tokens_per_frame(model.vision, model.projector)
+    return PromptBuilder(
+        tokenizer,
+        PromptTemplate(config.data.template),
+        config.data,
+        rows_per_frame,
+        temporal_pooling=model.projector.temporal_pooling,
+        max_prompt_tokens=max_prompt_tokens,
+    )
+
+
+def load_initial_weights(model: VisionLanguageModel, path: Path, topology: Topology) -> None:
+    """Copy the model weights of a checkpoint, and nothing else of it, into the model."""
+    loaded = CheckpointManager(path.parent, 1, topology).load(path)
+    assert loaded is not None  # only "auto" may find nothing
+    load_model_state(model, loaded.model, str(path))
