@@ -31,8 +31,8 @@ def assert_exact(decode_everything: Reference, path: Path, stream: int | None = 
         assert index.pts.tolist() == ticks
     rng = random.Random(7)
     everything = list(range(index.num_frames))
-    scattered = [rng.sample(everything, k) for k in (1, 1, 3, 3, 9) if k <= len(everything)]
-    for workers, ids in ((1, everything), (2, everything), *((1, s) for s in scattered), (3, scattered[-1])):
+    scattered = [rng.sample(everything, k) for k in (1, 2, 9)]
+    for workers, ids in ((2, everything), (1, scattered[0]), (1, scattered[1]), (3, scattered[2])):
         result = get_decoder(workers=workers).decode(str(path), index, ids, None)
         assert bool(result.valid.all()), (ids, result.errors)
         assert torch.equal(result.frames, expected[ids]), ids

@@ -255,7 +255,10 @@ def _map(job: _Job, count: int, workers: int) -> Iterator[str]:
     if workers <= 1:
         yield from map(job, range(count))
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    # A clean server process imports this module once; the workers are forked from it without the caller's threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(workers) as pool:
         yield from pool.imap(job, range(count), chunksize=4)
 
 

@@ -62,7 +62,7 @@ def trace(row: Mapping[str, Any], frame_times: Sequence[float]) -> str | None:
         frame_times: times in seconds of the frames the model is shown, ascending.
 
     Returns:
-        For example ``t0 ball left ; t8 swap left middle -> middle ; so middle``, or None where some event
+        For example ``t0 ball left ; t8 swap left-middle -> middle ; so middle``, or None where some event
         that matters falls between two sampled frames, so that these frames cannot carry the whole story.
     """
     clauses = []

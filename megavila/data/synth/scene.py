@@ -69,7 +69,7 @@ class Event:
     Attributes:
         start, end: seconds during which it can be seen.
         kind: "intro", "event" or "decoy".
-        words: the compact clause of a trace, such as ``swap left middle -> right``; empty for a decoy.
+        words: the compact clause of a trace, such as ``swap left-middle -> right``; empty for a decoy.
         sentence: the same for a reader, without the time; empty for a decoy.
         args: what the painter and an independent check need, JSON values.
     """
@@ -141,18 +141,19 @@ def timeline(difficulty: Difficulty, rng: np.random.Generator) -> tuple[list[Slo
     """Places events and decoys after the opening shot.
 
     Returns:
-        The slots in time order, in quarters of a second, and the video's duration in whole seconds.
+        The slots in time order, each starting half past a second, and the video's duration in whole seconds.
     """
     count = difficulty.events + difficulty.decoys
     decoys = np.zeros(count, dtype=bool)
     decoys[rng.permutation(count)[: difficulty.decoys]] = True
     gaps = rng.uniform(*difficulty.gap_seconds, count + 1)
     gaps += difficulty.slack_seconds * rng.dirichlet(np.ones(count + 1))
-    gaps[:-1] = np.maximum(np.rint(gaps[:-1] * 4) / 4, difficulty.gap_seconds[0])
+    shortest = difficulty.gap_seconds[0]
     slots = []
     time = difficulty.intro_seconds
     for gap, decoy in zip(gaps[:-1].tolist(), decoys.tolist(), strict=True):
-        start = time + gap
+        # Half past a second: frames sampled at whole seconds then never catch an event just as it starts or ends.
+        start = max(math.floor(time + gap), math.ceil(time + shortest - 0.5)) + 0.5
         time = start + difficulty.event_seconds
         slots.append(Slot(start, time, decoy))
     return slots, math.ceil(time + float(gaps[-1]))

@@ -14,8 +14,9 @@ COUNTS = ("1", "2", "3")
 def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
     """Draws a counting or an ordering question, each half of the time.
 
-    Counting: between 1 and 3 flashes of the asked colour among ``max(3, difficulty.events)``. Ordering: a
-    star appears after at least one flash, and the colour right before it is asked for.
+    Counting: between 1 and 3 flashes of the asked colour among ``difficulty.events + 2``. Ordering: a star
+    appears among as many, after at least one, and the colour right before it is asked for. Flashes are easier to
+    follow than swaps, so there are two more of them, each two thirds of ``difficulty.event_seconds`` long.
     """
     return _count(difficulty, rng) if rng.random() < 0.5 else _order(difficulty, rng)
 
@@ -25,7 +26,7 @@ def _intro(difficulty: Difficulty) -> Event:
 
 
 def _count(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
-    number = max(3, difficulty.events)
+    number = difficulty.events + 2
     slots, duration = timeline(_with_events(difficulty, number), rng)
     asked, answer = int(rng.integers(3)), int(rng.integers(3))
     others = [colour for colour in range(3) if colour != asked]
@@ -57,7 +58,7 @@ def _count(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
 
 
 def _order(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
-    number = max(2, difficulty.events)
+    number = difficulty.events + 2
     slots, duration = timeline(_with_events(difficulty, number), rng)
     star = int(rng.integers(max(1, number // 2), number))
     events = [_intro(difficulty)]
@@ -93,7 +94,7 @@ def _order(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
 
 
 def _with_events(difficulty: Difficulty, number: int) -> Difficulty:
-    return replace(difficulty, events=number)
+    return replace(difficulty, events=number, event_seconds=difficulty.event_seconds * 2 / 3)
 
 
 def derive(events: list[Event], facts: dict[str, str]) -> str:
