@@ -255,7 +255,7 @@ def _map(job: _Job, count: int, workers: int) -> Iterator[str]:
     if workers <= 1:
         yield from map(job, range(count))
         return
-    # A clean server process imports this module once; the workers are forked from it without the caller's threads.
+    # A clean server process imports this module once and forks the workers, free of the caller's threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with context.Pool(workers) as pool:

@@ -152,7 +152,7 @@ def timeline(difficulty: Difficulty, rng: np.random.Generator) -> tuple[list[Slo
     slots = []
     time = difficulty.intro_seconds
     for gap, decoy in zip(gaps[:-1].tolist(), decoys.tolist(), strict=True):
-        # Half past a second: frames sampled at whole seconds then never catch an event just as it starts or ends.
+        # Half past a second: frames at whole seconds then never catch an event just as it starts or ends.
         start = max(math.floor(time + gap), math.ceil(time + shortest - 0.5)) + 0.5
         time = start + difficulty.event_seconds
         slots.append(Slot(start, time, decoy))

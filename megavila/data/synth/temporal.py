@@ -15,8 +15,8 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
     """Draws a counting or an ordering question, each half of the time.
 
     Counting: between 1 and 3 flashes of the asked colour among ``difficulty.events + 2``. Ordering: a star
-    appears among as many, after at least one, and the colour right before it is asked for. Flashes are easier to
-    follow than swaps, so there are two more of them, each two thirds of ``difficulty.event_seconds`` long.
+    appears among as many, after at least one, and the colour right before it is asked for. Flashes are
+    easier to follow than swaps: there are two more of them, each two thirds of ``event_seconds`` long.
     """
     return _count(difficulty, rng) if rng.random() < 0.5 else _order(difficulty, rng)
 

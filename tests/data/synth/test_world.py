@@ -110,7 +110,8 @@ def test_timeline_spends_slack_and_keeps_gaps() -> None:
     rng = np.random.default_rng(1)
     short, _ = timeline(Difficulty(events=5), rng)
     for before, after in zip(short, short[1:], strict=False):
-        assert 1.0 <= after.start - before.end <= 2.25
+        assert after.start % 1 == 0.5
+        assert after.start - before.end in (1.0, 1.5, 2.0)
     lengths = [timeline(Difficulty(events=2, slack_seconds=60.0), rng)[1] for _ in range(5)]
     assert min(lengths) > 65
 
