@@ -147,7 +147,9 @@ class ModelConfig(Section):
     recompute: Literal["none", "full"] = knob(
         "none", "full: recompute each decoder layer in the backward pass."
     )
-    attention_backend: str = knob("auto", "Kernel of interval attention; auto: the best one for the device.")
+    attention_backend: Literal["auto", "torch", "reference"] = knob(
+        "auto", "Implementation of interval attention; auto: the best one for the device."
+    )
 
     def validate(self) -> None:
         self.require_positive("init_std")
