@@ -21,7 +21,7 @@ MERGE_AREA = 1024
 RAGGED_ROWS = 32
 RAGGED_RATIO = 8
 # No block grows past this area by merging.
-MERGED_AREA_LIMIT = 1 << 18
+MERGED_AREA_LIMIT = 1 << 17
 
 
 @dataclass(frozen=True)

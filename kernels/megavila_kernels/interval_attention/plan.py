@@ -17,7 +17,7 @@ from megavila_kernels.interval_attention.mask import Block, IntervalMask, find_b
 
 # Blocks from this area on run one by one through the flash kernel (CPU); below, padded batched matmuls are
 # faster.
-FLASH_AREA = 1 << 18
+FLASH_AREA = 1 << 17
 # Scores per chunk (heads included) on a CPU: a few passes over them should stay in the L2 cache.
 CHUNK_SCORES_CPU = 1 << 18
 CHUNK_SCORES_CUDA = 1 << 26
@@ -194,8 +194,10 @@ def _chunk(
     q_real, k_real = q_token < q1, k_token < k1
     q_token, k_token = np.where(q_real, q_token, q0), np.where(k_real, k_token, k0)
 
-    row_lo, row_hi = lo[interval, q_token], np.where(q_real, hi[interval, q_token], 0)
-    key = (k0 + np.arange(keys))[:, None, :]
+    # int32, because these comparisons over all pairs are most of a plan's time.
+    row_lo = lo[interval, q_token].astype(np.int32)
+    row_hi = np.where(q_real, hi[interval, q_token], 0).astype(np.int32)
+    key = (k0 + np.arange(keys)).astype(np.int32)[:, None, :]
     seen = (key >= row_lo[..., None]) & (key < row_hi[..., None])
     hidden = None
     if not seen.all():
