@@ -167,16 +167,21 @@ def test_frame_outside_the_video(clip_file: Callable[[str], Path]) -> None:
         get_decoder().decode(str(path), probe(path), [20], None)
 
 
-def test_frame_cache(clip_file: Callable[[str], Path]) -> None:
+def test_frame_cache(clip_file: Callable[[str], Path], tmp_path: Path) -> None:
     video = sample_video(clip_file("mjpeg.avi"), num_frames=8)
-    nbytes = 4 * 3 * 20 * 30
-    cache = FrameCache(limit_bytes=2 * nbytes)
-    first = cache.load(video, (20, 30), 0, 4)
-    assert cache.load(video, (20, 30), 0, 4) is first
-    assert (cache.hits, cache.misses, cache.used_bytes) == (1, 1, nbytes)
-    cache.load(video, (20, 30), 4, 8)
-    cache.load(video, (20, 30), 2, 6)  # the first slice leaves
-    assert cache.used_bytes == 2 * nbytes
-    assert torch.equal(cache.load(video, (20, 30), 0, 4), first)
-    assert (cache.hits, cache.misses) == (1, 4)
-    assert torch.equal(load_frames(video, (20, 30), 0, 4), first)
+    whole = load_frames(video, (20, 30))
+    cache = FrameCache(limit_bytes=8 * 3 * 20 * 30)
+    assert torch.equal(cache.load(video, (20, 30), 0, 4), whole[:4])
+    misses = cache.misses
+    assert cache.hits == 0 < misses
+    copy = tmp_path / "copy.avi"
+    copy.write_bytes(clip_file("mjpeg.avi").read_bytes())
+    assert torch.equal(cache.load(sample_video(copy, num_frames=8), (20, 30), 0, 4), whole[:4])
+    assert cache.hits > 0 and cache.misses == misses  # the same content under another path
+    assert torch.equal(cache.load(video, (10, 30), 0, 4), load_frames(video, (10, 30), 0, 4))
+    assert cache.misses > misses
+    for start, stop in ((4, 8), (2, 6), (0, 8), (0, 4)):
+        assert torch.equal(cache.load(video, (20, 30), start, stop), whole[start:stop])
+        assert 0 < cache.used_bytes <= cache.limit_bytes
+    small = FrameCache(limit_bytes=0)
+    assert torch.equal(small.load(video, (20, 30)), whole) and small.used_bytes == 0

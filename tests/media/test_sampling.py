@@ -16,8 +16,8 @@ from megavila.runtime.errors import MegavilaError
 
 
 def test_uniform_is_vilas_rule() -> None:
-    for total in range(1, 120):
-        for count in range(1, 130):
+    for total in (*range(1, 40), 75, 100, 119):
+        for count in (*range(1, 45), 64, 99, 118, 130):
             ids = uniform_ids(total, count)
             assert len(ids) == min(total, count) == len(set(ids.tolist()))
             if 1 < count < total:
