@@ -9,8 +9,15 @@ Ranks that `parallel` does not use split the rows: data parallel degree = N / (t
 import sys
 
 from megavila.config import SftRunConfig
-from megavila.sft.run import run_sft
 from megavila.training.entry import main
 
+
+def run(config: SftRunConfig) -> None:
+    """Train. Imported here: torch and Megatron-core take seconds, which a mistyped key need not wait for."""
+    from megavila.sft.run import run_sft
+
+    run_sft(config)
+
+
 if __name__ == "__main__":
-    sys.exit(main(SftRunConfig, run_sft, "Fine-tune a vision-language model on chains of thought."))
+    sys.exit(main(SftRunConfig, run, "Fine-tune a vision-language model on chains of thought."))

@@ -3,22 +3,22 @@
 from pathlib import Path
 
 from megavila.config import GrpoRunConfig
+from megavila.media import FrameCache
 from megavila.rewards import Scorer
 from megavila.rl.grpo import GrpoTrainer
 from megavila.rollout.megatron import MegatronEngine
 from megavila.runtime.errors import MegavilaError
-from megavila.training.augment import RowTransform
 from megavila.training.loop import Evaluate, run
 from megavila.training.session import open_session
 
 
 def run_grpo(
-    config: GrpoRunConfig, *, transform: RowTransform | None = None, evaluate: Evaluate | None = None
+    config: GrpoRunConfig, *, frames: FrameCache | None = None, evaluate: Evaluate | None = None
 ) -> Path:
     """Train as configured and return the directory of the exported model, ``<run>/hf``.
 
     Args:
-        transform: changes rows as they are drawn, to other numbers of frames for example.
+        frames: decoded frames to go on from, where several runs in one process read the same videos.
         evaluate: called every ``run.eval_every`` steps with the session and the step.
     """
     budget, response = config.grpo.max_tokens_per_microbatch, config.rollout.max_response_tokens
@@ -31,7 +31,7 @@ def run_grpo(
         raise MegavilaError(
             f"rollout.engine {config.rollout.engine} cannot train yet; use rollout.engine=megatron"
         )
-    with open_session(config, max_prompt_tokens=budget - response, transform=transform) as session:
+    with open_session(config, max_prompt_tokens=budget - response, frames=frames) as session:
         engine = MegatronEngine(
             session.model,
             session.tokenizer,

@@ -43,7 +43,9 @@ class SftTrainer:
     def train_step(self, step: int) -> Mapping[str, float]:
         """Draw a batch, take one step of the optimizer and return the step's metrics."""
         session, tally = self.session, Tally()
-        examples = draw_examples(session, self.config.sft.batch_size, tally)
+        examples = draw_examples(
+            session, self.config.sft.batch_size, tally, encode=not session.encoder.encode_again
+        )
         targets = together(lambda: self._targets(step, examples), session.topology)
         taught = [(e, t) for e, t in zip(examples, targets, strict=True) if t is not None]
         groups = [Group(example.prompt, (target,)) for example, target in taught]

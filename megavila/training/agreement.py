@@ -6,12 +6,9 @@ from typing import TypeVar
 from megavila.runtime.collectives import gather_objects
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.topology import Topology
+from megavila.training.errors import PeerError
 
 T = TypeVar("T")
-
-
-class PeerError(MegavilaError):
-    """Another rank failed; the message is its error's."""
 
 
 def together(action: Callable[[], T], topology: Topology) -> T:

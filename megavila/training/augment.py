@@ -1,15 +1,11 @@
 """Rows changed each time they are drawn: other numbers of frames, for example."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from megavila.data.dataset import GroupSampler
 from megavila.data.row import Row
-from megavila.runtime.errors import MegavilaError
 from megavila.runtime.seeds import derive_seed
 
 RowTransform = Callable[[Row, int], Row]
@@ -49,19 +45,3 @@ class TransformedSampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._sampler.load_state_dict(state)
-
-
-def random_frame_counts(counts: Sequence[int]) -> RowTransform:
-    """A transform that shows each video with one of ``counts`` frames, drawn anew in every epoch.
-
-    Raises:
-        MegavilaError: ``counts`` is empty or holds a number below 1.
-    """
-    if not counts or min(counts) < 1:
-        raise MegavilaError(f"frame counts are {list(counts)}; give at least one, each at least 1")
-
-    def transform(row: Row, seed: int) -> Row:
-        index = int(torch.randint(len(counts), (), generator=torch.Generator().manual_seed(seed)))
-        return replace(row, extra={**row.extra, "num_frames": counts[index]})
-
-    return transform

@@ -1,4 +1,7 @@
-"""The command line of `pretrain_sft.py` and `pretrain_grpo.py`."""
+"""The command line of `pretrain_sft.py` and `pretrain_grpo.py`.
+
+Imports nothing heavy, so that a mistyped key is answered at once.
+"""
 
 import argparse
 import os
@@ -9,8 +12,7 @@ from typing import TypeVar
 
 from megavila.config import ConfigError, TrainingRoot, load_config
 from megavila.runtime.errors import MegavilaError
-from megavila.training.agreement import PeerError
-from megavila.training.loop import Interrupted
+from megavila.training.errors import Interrupted, PeerError
 
 C = TypeVar("C", bound=TrainingRoot)
 

@@ -20,7 +20,8 @@ class Example:
 
     Attributes:
         index: its place among the step's prompts of all data-parallel ranks.
-        media_rows: (rows, hidden) without gradient, None for a prompt without media.
+        media_rows: (rows, hidden) without gradient; None for a prompt without media, and where only passes
+            with gradient will encode it.
     """
 
     index: int
@@ -28,27 +29,30 @@ class Example:
     media_rows: Tensor | None
 
 
-def draw_examples(session: Session, count: int, tally: Tally) -> list[Example]:
-    """Draw the step's ``count`` prompts and encode those of this rank.
+def draw_examples(session: Session, count: int, tally: Tally, *, encode: bool = True) -> list[Example]:
+    """Draw the step's ``count`` prompts and encode those of this rank (or, without ``encode``, decode them).
 
     Every rank draws the same prompts and takes every data-parallel-degree-th of them. A video that turns out
     to be damaged only when it is decoded is an error or, with data.on_bad_media=skip, leaves the step one
     prompt short.
     """
     before = session.prompts.failed
-    examples = together(lambda: _encode(session, session.prompts.next(count), tally), session.topology)
+    examples = together(
+        lambda: _encode(session, session.prompts.next(count), tally, encode), session.topology
+    )
     if session.topology.data_rank == 0:
         tally.total("media/failed", session.prompts.failed - before)
     session.state.rows += count
     return examples
 
 
-def _encode(session: Session, prompts: list[Prompt], tally: Tally) -> list[Example]:
+def _encode(session: Session, prompts: list[Prompt], tally: Tally, encode: bool) -> list[Example]:
     own = range(session.topology.data_rank, len(prompts), session.topology.data)
+    look = session.encoder.rows if encode else session.encoder.decode
     examples = []
     tally.total("media/failed", 0)
     tally.total("media/videos", 0)
-    for index, rows in zip(own, session.encoder.rows([prompts[index] for index in own]), strict=True):
+    for index, rows in zip(own, look([prompts[index] for index in own]), strict=True):
         prompt = prompts[index]
         if isinstance(rows, MediaError):
             tally.total("media/failed", 1)

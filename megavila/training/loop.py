@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -13,24 +12,14 @@ from megavila.runtime.logging import get_logger
 from megavila.runtime.platform import cpu_peak_memory_gib
 from megavila.runtime.progress import Progress
 from megavila.training import state as training_state
+from megavila.training.errors import Interrupted, ResumeError
 from megavila.training.session import Session
 from megavila.training.signals import StopRequest
-from megavila.training.state import ResumeError, TrainState
+from megavila.training.state import TrainState
 
 logger = get_logger(__name__)
 
 EXPORT = "hf"
-
-
-class Interrupted(Exception):
-    """A signal asked the run to stop; its state is saved."""
-
-    def __init__(self, number: int, step: int) -> None:
-        name = signal.Signals(number).name
-        super().__init__(
-            f"{name} after step {step}: the run is saved; start it again with --resume auto to go on"
-        )
-        self.number = number
 
 
 class Trainer(Protocol):
@@ -119,6 +108,7 @@ def _record(session: Session, state: TrainState, metrics: dict[str, float]) -> N
     """Write the step's metrics, with counters, times and memory, and stop where a loss is no number."""
     metrics["train/updates"] = state.updates
     metrics["train/rows"] = state.rows
+    metrics["data/skipped_rows"] = session.skipped_rows
     metrics |= session.timers.pop()
     metrics["memory/cpu_peak_gib"] = cpu_peak_memory_gib()
     if session.platform.name == "cuda":

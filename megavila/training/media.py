@@ -1,6 +1,6 @@
 """Videos of prompts as rows of the language model, each encoded as seldom as the training of the tower allows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -23,11 +23,19 @@ _GIB = 2**30
 class MediaEncoder:
     """Media rows of prompts: from the embedding store for rollouts, with gradient where tower or projector train."""
 
-    def __init__(self, config: TrainingRoot, model: VisionLanguageModel, timers: Timers) -> None:
+    def __init__(
+        self,
+        config: TrainingRoot,
+        model: VisionLanguageModel,
+        timers: Timers,
+        frames: FrameCache | None = None,
+    ) -> None:
         self.model = model
         self.timers = timers
         self.skip_bad = config.data.on_bad_media == "skip"
-        self.frames = FrameCache(int(config.data.cache_frames_gib * _GIB), get_decoder(config.data.decoder))
+        if frames is None:
+            frames = FrameCache(int(config.data.cache_frames_gib * _GIB), get_decoder(config.data.decoder))
+        self.frames = frames
         kept = 0.0 if config.mrsp.reuse == "none" else config.mrsp.store_gib
         self.store = EmbeddingStore(int(kept * _GIB))
         parts = [part for part in (model.vision, model.projector) if part is not None]
@@ -41,15 +49,37 @@ class MediaEncoder:
         A video that cannot be decoded is an error or, with data.on_bad_media=skip, stands in its prompt's
         place.
         """
+        return self._each(prompts, lambda some: self._encode(some, grad=False))
+
+    def decode(self, prompts: Sequence[Prompt]) -> list[Tensor | None | MediaError]:
+        """Decode frames that a pass with gradient will encode; return None, or the MediaError, for each prompt.
+
+        For training without rollouts: with it a damaged video is met before the step, and no frame is
+        encoded only to be encoded again with gradient.
+        """
+        return self._each(prompts, self._decode)
+
+    def _each(
+        self,
+        prompts: Sequence[Prompt],
+        action: Callable[[Sequence[Prompt]], list[Tensor | None]],
+    ) -> list[Tensor | None | MediaError]:
         if not self.skip_bad:
-            return [*self._encode(prompts, grad=False)]
+            return [*action(prompts)]
         found: list[Tensor | None | MediaError] = []
         for prompt in prompts:
             try:
-                found += self._encode([prompt], grad=False)
+                found += action([prompt])
             except MediaError as error:
                 found.append(error)
         return found
+
+    def _decode(self, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+        if self.model.vision is not None:
+            side = self.model.vision.config.image_size
+            for video in {video for prompt in prompts for video in prompt.videos}:
+                self._load(video, (side, side))
+        return [None] * len(prompts)
 
     def rows_for_training(
         self, prompts: Sequence[Prompt], media_rows: Sequence[Tensor | None], *, grad: bool

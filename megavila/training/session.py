@@ -14,14 +14,16 @@ from megavila.data.row import Row
 from megavila.data.rows import read_rows
 from megavila.data.template import PromptTemplate
 from megavila.data.tokenizer import Tokenizer, load_tokenizer
+from megavila.media import FrameCache
 from megavila.models import VisionLanguageModel, build_model, resolve_config, tokens_per_frame
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.metrics import MetricsWriter
 from megavila.runtime.platform import Platform, get_platform
+from megavila.runtime.plugins import load_function
 from megavila.runtime.seeds import derive_seed, seed_everything
 from megavila.runtime.timers import Timers
 from megavila.runtime.topology import Topology, initialize, shutdown
-from megavila.training.augment import RowTransform, TransformedSampler
+from megavila.training.augment import TransformedSampler
 from megavila.training.gradients import GradientBuffer
 from megavila.training.media import MediaEncoder
 from megavila.training.optimizer import MasterAdamW
@@ -38,6 +40,7 @@ class Session:
     directory: Path
     tokenizer: Tokenizer
     rows: Sequence[Row]
+    skipped_rows: int
     model: VisionLanguageModel
     gradients: GradientBuffer
     optimizer: MasterAdamW
@@ -51,18 +54,18 @@ class Session:
 
 @contextmanager
 def open_session(
-    config: TrainingRoot, *, max_prompt_tokens: int, transform: RowTransform | None = None
+    config: TrainingRoot, *, max_prompt_tokens: int, frames: FrameCache | None = None
 ) -> Iterator[Session]:
     """Join the processes, build all parts and yield them; leave the process groups at the end.
 
     Args:
         max_prompt_tokens: a longer prompt is an error that names the row, before anything is computed.
-        transform: changes each row each time it is drawn; see `augment`.
+        frames: decoded frames to go on from, where several runs in one process read the same videos.
     """
     platform = get_platform(config.run.device)
     topology = initialize(config.parallel, platform)
     try:
-        yield _build(config, platform, topology, max_prompt_tokens, transform)
+        yield _build(config, platform, topology, max_prompt_tokens, frames)
     finally:
         shutdown()
 
@@ -72,17 +75,18 @@ def _build(
     platform: Platform,
     topology: Topology,
     max_prompt_tokens: int,
-    transform: RowTransform | None,
+    frames: FrameCache | None,
 ) -> Session:
     seed_everything(config.run.seed, topology)
     # What may be wrong with the user's files comes first: a large model takes minutes to build.
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     model_config = with_vocabulary(resolve_config(config.model), tokenizer)
     check_split(model_config, config.parallel)
-    rows = read_training_rows(config)
+    files = [read_rows(path, config.data) for path in config.data.train]
+    rows = [row for file in files for row in file.rows]
     sampler = GroupSampler(rows, derive_seed(config.run.seed, "rows"))
-    if transform is not None:
-        sampler = TransformedSampler(sampler, transform, config.run.seed)
+    if config.data.transform is not None:
+        sampler = TransformedSampler(sampler, load_function(config.data.transform), config.run.seed)
     builder = make_prompt_builder(config, model_config, tokenizer, max_prompt_tokens)
     model = build_model(model_config, topology, platform, seed=config.run.seed)
     if config.checkpoint.init_from is not None:
@@ -99,13 +103,14 @@ def _build(
         directory=directory,
         tokenizer=tokenizer,
         rows=rows,
+        skipped_rows=sum(file.skipped for file in files),
         model=model,
         gradients=gradients,
         optimizer=MasterAdamW(
             gradients, weight_decay=options.weight_decay, betas=options.betas, eps=options.eps
         ),
         prompts=PromptStream(sampler, builder),
-        encoder=MediaEncoder(config, model, timers),
+        encoder=MediaEncoder(config, model, timers, frames),
         metrics=MetricsWriter(directory, topology),
         timers=timers,
         checkpoints=CheckpointManager(
@@ -140,11 +145,6 @@ def with_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
             "least the first, or leave it out"
         )
     return config
-
-
-def read_training_rows(config: TrainingRoot) -> list[Row]:
-    """Return the rows of all files of `data.train`, in order."""
-    return [row for path in config.data.train for row in read_rows(path, config.data).rows]
 
 
 def make_prompt_builder(

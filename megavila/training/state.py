@@ -6,13 +6,9 @@ from torch import Tensor, nn
 
 from megavila.checkpoint.manager import Checkpoint, CheckpointManager
 from megavila.data.dataset import PromptStream
-from megavila.runtime.errors import MegavilaError
 from megavila.runtime.seeds import load_rng_state, rng_state
+from megavila.training.errors import ResumeError
 from megavila.training.optimizer import MasterAdamW
-
-
-class ResumeError(MegavilaError):
-    """A run that cannot go on from where it is told to."""
 
 
 @dataclass

@@ -70,10 +70,10 @@ def write_world(directory: Path, rows: int = 6) -> Path:
     return path
 
 
-def settings(world: Path, run: str, **sections: dict[str, Any]) -> dict[str, Any]:
-    """The config of a run named `run` as nested dictionaries; `sections` are merged in, section by section."""
+def settings(world: Path, name: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run called `name` as nested dictionaries; `sections` are merged in, section by section."""
     merged: dict[str, Any] = {
-        "run": {"name": run, "output_dir": str(world / "runs"), "steps": 3, "seed": 5, "device": "cpu"},
+        "run": {"name": name, "output_dir": str(world / "runs"), "steps": 3, "seed": 5, "device": "cpu"},
         "model": {
             "tokenizer": str(world / "tokenizer"),
             "init_std": 0.2,
@@ -97,17 +97,17 @@ def settings(world: Path, run: str, **sections: dict[str, Any]) -> dict[str, Any
         "optimizer": {"lr": 3e-3, "clip_grad": 1.0, "weight_decay": 0.01, "schedule": "cosine"},
         "checkpoint": {"every": 0, "save_final": False},
     }
-    for name, section in sections.items():
-        merged[name] = {**merged.get(name, {}), **section}
+    for key, section in sections.items():
+        merged[key] = {**merged.get(key, {}), **section}
     return merged
 
 
-def sft_config(world: Path, run: str, **sections: dict[str, Any]) -> SftRunConfig:
+def sft_config(world: Path, name: str, /, **sections: dict[str, Any]) -> SftRunConfig:
     sections["sft"] = {"batch_size": 4, "max_tokens_per_microbatch": 120, **sections.get("sft", {})}
-    return build(SftRunConfig, settings(world, run, **sections))
+    return build(SftRunConfig, settings(world, name, **sections))
 
 
-def grpo_config(world: Path, run: str, **sections: dict[str, Any]) -> GrpoRunConfig:
+def grpo_config(world: Path, name: str, /, **sections: dict[str, Any]) -> GrpoRunConfig:
     sections["rollout"] = {"group_size": 4, "max_response_tokens": 6, **sections.get("rollout", {})}
     sections["grpo"] = {
         "prompts_per_step": 4,
@@ -122,7 +122,7 @@ def grpo_config(world: Path, run: str, **sections: dict[str, Any]) -> GrpoRunCon
         "function_weights": [1.0],
         **sections.get("reward", {}),
     }
-    return build(GrpoRunConfig, settings(world, run, **sections))
+    return build(GrpoRunConfig, settings(world, name, **sections))
 
 
 def reward_words(row: Any, text: str) -> float:
