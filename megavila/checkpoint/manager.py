@@ -23,7 +23,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from megavila.checkpoint.files import (
     write_tensors,
 )
 from megavila.checkpoint.tree import CheckpointError
+from megavila.runtime.collectives import gather_objects
 from megavila.runtime.logging import get_logger
 from megavila.runtime.topology import Topology
 
@@ -295,8 +295,4 @@ class CheckpointManager:
         return cast(T, result)
 
     def _gather(self, value: T) -> list[T]:
-        if self.topology.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(values, value, group=self.topology.world_group)
-        return values
+        return gather_objects(value, self.topology.world_group)

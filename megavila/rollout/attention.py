@@ -58,7 +58,7 @@ class DecodeAttention:
         self._groups = len(lengths)
         rows_of_group = torch.bincount(prompt_of_row, minlength=self._groups)
         self._width = int(rows_of_group.max())
-        # Groups of unequal size are padded to the widest; `slots` says where each row stands in that rectangle.
+        # Groups of unequal size are padded to the widest; a slot is a row's place in that rectangle.
         self._slots: Tensor | None = None
         if int(rows_of_group.min()) < self._width:
             first = rows_of_group.cumsum(0) - rows_of_group
@@ -81,7 +81,10 @@ class DecodeAttention:
 
         keys, values = self._responses.append(layer, k, v)
         own = _partial(
-            queries.view(rows * kv_heads, shared, d), keys.flatten(0, 1), values.flatten(0, 1), padding=None
+            queries.view(rows * kv_heads, shared, d),
+            keys.flatten(0, 1).transpose(1, 2),
+            values.flatten(0, 1),
+            padding=None,
         )
         own = tuple(part.view(rows, heads, -1) for part in own)
 
@@ -108,10 +111,10 @@ class DecodeAttention:
 def _partial(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Unnormalised attention of one part: maximum (b, m, 1), sum (b, m, 1) and weighted values (b, m, d).
 
-    q (b, m, d) with scale and log2(e) in it, k and v (b, keys, d); the exponential is base 2, which is fast
-    for any argument on a CPU. ``padding`` (groups, 1, 1, keys): −inf where a prompt has ended.
+    q (b, m, d) with scale and log2(e) in it, k (b, d, keys), v (b, keys, d); the exponential is base 2, which
+    is fast for any argument on a CPU. ``padding`` (groups, 1, 1, keys): −inf where a prompt has ended.
     """
-    scores = _product(q, k.transpose(1, 2))
+    scores = _product(q, k)
     if padding is not None:
         groups = padding.shape[0]
         scores.view(groups, -1, *scores.shape[1:]).add_(padding)

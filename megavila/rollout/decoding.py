@@ -15,8 +15,8 @@ from megavila.rollout.protocol import FinishReason, Response, SamplingParams
 from megavila.rollout.sampling import group_uniforms
 from megavila.rollout.stopping import StopChecker
 
-# Rows that have ended are decoded along, unread, until this share of the rows is left; then the caches are copied
-# without them. Lower wastes more decoding, higher copies more often.
+# Rows that have ended are decoded along, unread, until this share of the rows is left; then the caches are
+# copied without them. Lower wastes more decoding, higher copies more often.
 COMPACT_AT = 0.8
 
 

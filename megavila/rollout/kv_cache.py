@@ -21,9 +21,11 @@ def cache_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class PromptCache:
-    """Keys and values of B prompts, padded to the longest: (B, kv_heads, P, d) for each layer.
+    """Keys (B, kv_heads, d, P) and values (B, kv_heads, P, d) of B prompts, padded to the longest, for each
+    layer.
 
-    A group's responses all read the one row of their prompt; nothing is repeated G times.
+    A group's responses all read the one row of their prompt; nothing is repeated G times. Keys lie
+    transposed, as the product with few queries reads them: on a CPU that takes half the time.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -33,21 +35,24 @@ class PromptCache:
     def write(self, layer: int, first_prompt: int, lengths: Sequence[int], k: Tensor, v: Tensor) -> None:
         """Stores the packed ``k`` and ``v`` (t, kv_heads, d) of consecutive prompts with these lengths."""
         if layer not in self._layers:
-            shape = (len(self.lengths), k.shape[1], int(self.lengths.max()), k.shape[2])
+            prompts, longest = len(self.lengths), int(self.lengths.max())
+            heads, d = k.shape[1:]
             # Zeros: a padded position has weight 0, and 0 times whatever the memory held must stay 0.
             self._layers[layer] = (
-                k.new_zeros(shape, dtype=cache_dtype(k)),
-                v.new_zeros(shape, dtype=cache_dtype(v)),
+                k.new_zeros(prompts, heads, d, longest, dtype=cache_dtype(k)),
+                v.new_zeros(prompts, heads, longest, d, dtype=cache_dtype(v)),
             )
         keys, values = self._layers[layer]
         start = 0
         for prompt, length in enumerate(lengths, first_prompt):
-            keys[prompt, :, :length] = k[start : start + length].transpose(0, 1)
+            keys[prompt, :, :, :length] = k[start : start + length].permute(1, 2, 0)
             values[prompt, :, :length] = v[start : start + length].transpose(0, 1)
             start += length
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, each (B, kv_heads, P, d); rows of a prompt from its length on are padding."""
+        """Keys (B, kv_heads, d, P) and values (B, kv_heads, P, d); from a prompt's length on they are
+        padding.
+        """
         return self._layers[layer]
 
     def keep(self, prompts: Tensor) -> None:
@@ -56,7 +61,7 @@ class PromptCache:
         longest = int(self.lengths.max())
         for layer, (keys, values) in self._layers.items():
             index = prompts.to(keys.device)
-            self._layers[layer] = (keys[index, :, :longest], values[index, :, :longest])
+            self._layers[layer] = (keys[index, :, :, :longest], values[index, :, :longest])
 
 
 class ResponseCache:

@@ -10,8 +10,9 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -41,7 +42,7 @@ class Ranks:
     data_rank: int = 0
     pipeline_rank: int = 0
     is_main: bool = True
-    world_group: Any = None
+    world_group: Any = field(default_factory=lambda: SimpleNamespace(size=lambda: 1))
 
 
 def manager(directory: Path, keep_last: int = 3, ranks: Ranks | None = None) -> CheckpointManager:
@@ -322,7 +323,11 @@ def ranks_of(rank: int, tensor: int) -> Ranks:
     )
 
 
-def two_ranks(rank: int, directory: str, tensor: int) -> dict[str, Any]:
+def two_ranks(rank: int, directory: str) -> dict[int, dict[str, Any]]:
+    return {tensor: saved_and_loaded(rank, f"{directory}/tp{tensor}", tensor) for tensor in (1, 2)}
+
+
+def saved_and_loaded(rank: int, directory: str, tensor: int) -> dict[str, Any]:
     ranks = ranks_of(rank, tensor)
     checkpoints = manager(Path(directory), ranks=ranks)
     shard = torch.full((3,), float(ranks.tensor_rank))
@@ -352,17 +357,25 @@ def two_ranks(rank: int, directory: str, tensor: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("tensor", [2, 1])
-def test_two_ranks(tmp_path: Path, tensor: int) -> None:
-    for rank, result in enumerate(run_ranks(two_ranks, 2, str(tmp_path), tensor)):
-        shard = float(rank if tensor == 2 else 0)
-        assert result["step"] == 1 and result["data"] == {"row": 1}
-        assert result["w"] == [shard] * 3 and result["m"] == [shard + 10] * 3
-        assert result["rng"] == {"rank": rank}
-        assert len(result["errors"]) == 1 and "rng-rank00001 is a builtin" in result["errors"][0]
-    files = {path.name for path in (tmp_path / "step_00000001").iterdir()}
-    assert ("model-tp1-pp0.safetensors" in files) == (tensor == 2)
+def test_two_ranks(tmp_path: Path) -> None:
+    for rank, results in enumerate(run_ranks(two_ranks, 2, str(tmp_path))):
+        for tensor, result in results.items():
+            shard = float(rank if tensor == 2 else 0)
+            assert result["step"] == 1 and result["data"] == {"row": 1}
+            assert result["w"] == [shard] * 3 and result["m"] == [shard + 10] * 3
+            assert result["rng"] == {"rank": rank}
+            assert len(result["errors"]) == 1 and "rng-rank00001 is a builtin" in result["errors"][0]
+            assert result["left"] == ["step_00000001", "step_00000002"]
+    names = {
+        tensor: {path.name for path in (tmp_path / f"tp{tensor}" / "step_00000001").glob("model-*")}
+        for tensor in (1, 2)
+    }
+    assert names == {
+        1: {"model-tp0-pp0.safetensors"},
+        2: {"model-tp0-pp0.safetensors", "model-tp1-pp0.safetensors"},
+    }
     # One rank may resume what two data-parallel ranks saved; the random states are then not restored.
-    if tensor == 1:
-        resumed = manager(tmp_path).load(tmp_path / "step_00000001")
-        assert resumed is not None and resumed.rng is None and resumed.optimizer["m"].tolist() == [10.0] * 3
+    resumed = manager(tmp_path / "tp1").load(tmp_path / "tp1" / "step_00000001")
+    assert resumed is not None and resumed.rng is None and resumed.optimizer["m"].tolist() == [10.0] * 3
+    with pytest.raises(CheckpointError, match="saved with tensor parallel degree 2, this run has 1"):
+        manager(tmp_path / "tp2").load("auto")

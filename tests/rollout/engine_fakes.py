@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from megavila.data.prompt import Prompt
 from torch import Tensor
+
+from megavila.data.prompt import Prompt
 
 VOCAB = 203
 

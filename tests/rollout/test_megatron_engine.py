@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from megavila.data.prompt import Prompt
 from torch import Tensor
 
 from megavila.config import ModelConfig
+from megavila.data.prompt import Prompt
 from megavila.models import AttentionContext, VisionLanguageModel, build_model
 from megavila.rollout.megatron import MegatronEngine
 from megavila.rollout.protocol import Response, RolloutError, SamplingParams
@@ -246,7 +246,8 @@ def test_training_goes_on_after_generating(one_model: VisionLanguageModel, topol
     assert one_model.training and not frozen.training and not any(m.training for m in frozen.modules())
     response = groups[0][0]
     hidden = one_model(
-        one_model.language.embed(response.token_ids), AttentionContext(torch.arange(5), causal)
+        one_model.language.embed(response.token_ids),
+        AttentionContext(torch.arange(len(response.token_ids)), causal),
     )
     logprobs, _ = one_model.token_logprobs(hidden, response.token_ids)
     ((logprobs - response.logprobs) * response.logprobs.exp()).sum().backward()
