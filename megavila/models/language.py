@@ -5,8 +5,6 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -17,13 +15,16 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import nn
 
 from megavila.config import LanguageConfig
 from megavila.models.attention import AttentionContext, PackedAttention, RotatedContext
+from megavila.models.layer import DecoderLayer
+from megavila.models.linear import ColumnParallelLinear, RowParallelLinear
 from megavila.models.norm import HeadRMSNorm, RMSNorm
 from megavila.models.rotary import RotaryEmbedding
+from megavila.models.swiglu import SwiGlu
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.topology import Topology
 
@@ -171,6 +172,7 @@ def _transformer_config(
         # Our initialisation does not depend on the tensor-parallel degree (build.py), so Megatron's is not wanted.
         use_cpu_initialization=True,
         perform_initialization=False,
+        use_te_activation_func=True,  # in spite of its name: take the MLP's activation from the layer's submodules
         # These go through torch.compile on first use, and again for each new token count.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -183,7 +185,7 @@ def _transformer_config(
 def _block_submodules(config: LanguageConfig) -> TransformerBlockSubmodules:
     qk_norm = {"q_layernorm": HeadRMSNorm, "k_layernorm": HeadRMSNorm} if config.qk_norm else {}
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -200,7 +202,9 @@ def _block_submodules(config: LanguageConfig) -> TransformerBlockSubmodules:
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGlu
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -119,4 +119,6 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 def apply_rotary(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     """Turns queries or keys (tokens, heads, head_dim) by their tokens' angles."""
-    return _Rotate.apply(x, table.cos, table.sin)  # type: ignore[return-value]
+    if torch.is_grad_enabled():
+        return _Rotate.apply(x, table.cos, table.sin)  # type: ignore[return-value]
+    return _rotate(x, table.cos, table.sin)
