@@ -4,10 +4,10 @@
 
 #include <ATen/AccumulateType.h>
 #include <ATen/Dispatch.h>
-#include <ATen/cuda/CUDAContext.h>
 #include <ATen/ops/tensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -66,7 +66,7 @@ dim3 blocks(int64_t rows) { return dim3(static_cast<unsigned>(std::clamp<int64_t
 template <typename word_t>
 void launch_gather(const at::Tensor& addresses, const at::Tensor& rows, const at::Tensor& source_index,
                    const at::Tensor& row_index, at::Tensor& out, int64_t row_bytes) {
-  gather_kernel<word_t><<<blocks(out.size(0)), kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
+  gather_kernel<word_t><<<blocks(out.size(0)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
       addresses.const_data_ptr<int64_t>(), rows.const_data_ptr<int64_t>(), rows.size(0),
       source_index.const_data_ptr<int32_t>(), row_index.const_data_ptr<int64_t>(),
       static_cast<word_t*>(out.mutable_data_ptr()), out.size(0), row_bytes / static_cast<int64_t>(sizeof(word_t)));
@@ -108,7 +108,7 @@ void scatter_add_cuda(const at::Tensor& grad, const at::Tensor& source_index, co
   const auto address_table = table(addresses, grad.device()), row_table = table(rows, grad.device());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "shard_scatter_add", [&] {
     using acc_t = at::acc_type<scalar_t, true>;
-    scatter_add_kernel<scalar_t, acc_t><<<blocks(grad.size(0)), kThreads, 0, at::cuda::getCurrentCUDAStream()>>>(
+    scatter_add_kernel<scalar_t, acc_t><<<blocks(grad.size(0)), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
         grad.const_data_ptr<scalar_t>(), source_index.const_data_ptr<int32_t>(), row_index.const_data_ptr<int64_t>(),
         address_table.const_data_ptr<int64_t>(), row_table.const_data_ptr<int64_t>(), row_table.size(0),
         grad.size(0), grad.size(1));
