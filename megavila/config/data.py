@@ -38,6 +38,10 @@ class DataConfig(Section):
     frame_template: str = knob(
         "{media}\n", "Text of one frame; {media} is its tokens and {time} its time in seconds, where wanted."
     )
+    transform: str | None = knob(
+        None,
+        "module:function(row, seed) -> row, applied each time a row is drawn for training: other frame counts, say.",
+    )
     on_bad_row: Literal["error", "skip"] = knob(
         "error", "What to do with a malformed row; skipped rows are counted."
     )

@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -27,16 +27,13 @@ def load_config(cls: type[S], path: Path | None, overrides: Sequence[str] = ()) 
     merged = OmegaConf.create(_defaults(cls))
     if path is not None:
         loaded = _read_yaml(path)
-        _check_keys(_tree(loaded, resolve=False), known, str(path))
+        # Keys first: an unknown one is named even where a `${...}` beside it cannot be resolved.
+        _check_keys(cast(dict[str, Any], OmegaConf.to_container(loaded)), known, str(path))
         merged = OmegaConf.merge(merged, loaded)
     for override in overrides:
         merged = OmegaConf.merge(merged, _parse_override(override, known))
-    try:
-        values = _tree(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{path or 'overrides'}: {str(error).splitlines()[0]}") from None
     source = " + ".join([str(path)] * (path is not None) + ["overrides"] * bool(overrides)) or "config"
-    return build(cls, values, source)
+    return build(cls, _resolved(merged, source), source)
 
 
 def build(cls: type[S], values: Mapping[str, Any], source: str = "config") -> S:
@@ -57,6 +54,11 @@ def save_config(config: Section, path: Path) -> None:
 def to_dict(config: Section) -> dict[str, Any]:
     """Nested plain dictionaries and lists: what JSON and YAML can hold."""
     return _plain(dataclasses.asdict(config))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The plain dictionaries of a YAML file, such as a run's config.yaml. Raises ConfigError."""
+    return _resolved(_read_yaml(path), str(path))
 
 
 def nested_section(hint: Any) -> type[Section] | None:
@@ -110,8 +112,11 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def _tree(loaded: Any, *, resolve: bool) -> dict[str, Any]:
-    return typing.cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=resolve))
+def _resolved(loaded: Any, source: str) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from None
 
 
 def _parse_override(override: str, known: Mapping[str, bool]) -> DictConfig:

@@ -121,6 +121,7 @@ class EvalConfig(Section):
     max_response_tokens: int = knob(1024, "Longest response, in tokens.")
     max_batch_tokens: int = knob(262_144, "Most tokens whose keys and values are held at once.")
     batch_size: int = knob(32, "Rows generated together.")
+    store_gib: float = knob(1.0, "Memory for embeddings, in GiB.")
     limit: int | None = knob(None, "Evaluate the first so many rows only.")
     output: str | None = knob(None, "Directory for predictions and scores; null: print only.")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto: CUDA where there is a device, else the CPU.")
@@ -130,7 +131,7 @@ class EvalConfig(Section):
         check_split(self.model, self.parallel)
         require(bool(self.data.eval), "data.eval is empty; name at least one file of rows")
         self.require_at_least(1, "max_response_tokens", "max_batch_tokens", "batch_size", "limit")
-        self.require_at_least(0, "temperature", "seed")
+        self.require_at_least(0, "temperature", "seed", "store_gib")
         require(
             all(1 <= n <= MAX_FRAMES for n in self.num_frames),
             f"num_frames is {list(self.num_frames)}, each must be from 1 to {MAX_FRAMES}",

@@ -55,6 +55,11 @@ class SftConfig(Section):
     think_fraction: float = knob(
         1.0, "Fraction of rows trained with their reasoning; the others answer at once."
     )
+    reasoning: str | None = knob(
+        None,
+        "module:function(row, timestamps) -> the reasoning that the frames shown support, or None to leave the row out; "
+        "null: the row's own reasoning.",
+    )
 
     def validate(self) -> None:
         self.require_at_least(1, "batch_size", "max_tokens_per_microbatch")

@@ -16,6 +16,7 @@ from megavila.config import (
     load_config,
     save_config,
 )
+from megavila.config.load import read_yaml
 
 YAML = """
 run: {name: first, steps: 10}
@@ -124,6 +125,15 @@ def test_mistakes_in_files(tmp_path: Path) -> None:
         load_config(SftRunConfig, path)
     with pytest.raises(ConfigError, match=r"does not exist; did you mean bad\.yaml"):
         load_config(SftRunConfig, tmp_path / "bed.yaml")
+
+
+def test_read_yaml_resolves_and_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "saved.yaml"
+    path.write_text("a: 3\nb: {c: '${a}', d: [1, x]}\n")
+    assert read_yaml(path) == {"a": 3, "b": {"c": 3, "d": [1, "x"]}}
+    path.write_text("b: ${missing}\n")
+    with pytest.raises(ConfigError, match=r"saved\.yaml: .*missing"):
+        read_yaml(path)
 
 
 def test_section_of_another_algorithm_is_unknown(yaml_file: Path) -> None:
