@@ -7,6 +7,7 @@ import threading
 import unicodedata
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from megavila.data.options import choice_letter
 from megavila.data.row import MULTIPLE_CHOICE, OPEN_ENDED, Row
@@ -82,7 +83,7 @@ def _math(row: Row, answer: str) -> float:
         return 0.0
     # Its time limits are signals, which only the main thread can receive. They are there for formulas that would
     # never end, and generous, so that a busy machine does not turn right answers into wrong ones.
-    limit = 30 if threading.current_thread() is threading.main_thread() else None
+    limit: Any = 30 if threading.current_thread() is threading.main_thread() else None
     key = parse(f"${row.answer}$", parsing_timeout=limit)
     given = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$", parsing_timeout=limit)
     return float(bool(key) and bool(verify(key, given, timeout_seconds=limit)))
