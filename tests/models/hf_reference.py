@@ -1,13 +1,11 @@
 """transformers models with random weights, and how ours are compared with them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from torch import Tensor
 from transformers import (
     Qwen2Config,
@@ -37,7 +35,6 @@ class LanguageCase:
     tied: bool = False
     tokens: int = 37
     recompute: str = "none"
-    sequence_parallel: bool = True
 
     def config(self) -> LanguageConfig:
         return LanguageConfig(
@@ -56,10 +53,19 @@ class LanguageCase:
         )
 
 
-def start(tensor: int = 1, sequence_parallel: bool = True) -> Topology:
+CASES = [
+    LanguageCase(),
+    LanguageCase(family="qwen3"),
+    LanguageCase(tied=True, tokens=64),
+    LanguageCase(num_kv_heads=4, tokens=1),
+    LanguageCase(num_kv_heads=1, recompute="full", tokens=33),
+    LanguageCase(family="qwen3", num_kv_heads=1, head_dim=32, recompute="full", tokens=5),
+]
+
+
+def start(tensor: int = 1) -> Topology:
     """Initialises the topology of this process's world."""
-    parallel = ParallelConfig(tensor_parallel=tensor, sequence_parallel=sequence_parallel)
-    topology = initialize(parallel, get_platform("cpu"))
+    topology = initialize(ParallelConfig(tensor_parallel=tensor), get_platform("cpu"))
     seed_everything(0, topology)
     return topology
 
@@ -70,7 +76,16 @@ def randomize(module: torch.nn.Module, seed: int) -> None:
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
-            parameter.copy_(0.1 * noise + (1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0))
+            parameter.copy_(
+                0.1 * noise + (1.0 if parameter.dim() == 1 and bool((parameter == 1).all()) else 0.0)
+            )
+
+
+def check_errors(errors: dict[str, float]) -> None:
+    """Requires agreement with transformers within fp32 rounding."""
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < 1e-5, (worst, errors[worst])
+    assert len(errors) > 20
 
 
 def hf_decoder(case: LanguageCase) -> Any:
@@ -179,19 +194,3 @@ def decoder_errors(case: LanguageCase, topology: Topology) -> dict[str, float]:
     theirs = {f"llm.{name}": parameter.grad for name, parameter in hf.named_parameters()}
     assert ours.keys() == theirs.keys()
     return errors | {name: relative_error(ours[name], theirs[name]) for name in theirs}
-
-
-def run_cases(rank: int, function: Callable[..., Any], cases: list[Any], tensor: int) -> list[Any]:
-    """Runs `function(case, topology)` for each case on a rank that `run_ranks` started."""
-    results = []
-    for case in cases:
-        topology = start(tensor, getattr(case, "sequence_parallel", True))
-        results.append(function(case, topology))
-        reset()
-    return results
-
-
-def reset() -> None:
-    """Drops Megatron's groups, so that another topology may follow in the same world."""
-    parallel_state.destroy_model_parallel()
-

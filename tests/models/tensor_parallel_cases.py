@@ -1,6 +1,6 @@
 """What two tensor-parallel ranks compute, compared by test_tensor_parallel.py; all in one pair of processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from megavila.models import (
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.platform import get_platform
 from megavila.runtime.topology import Topology
-from tests.models.hf_reference import causal, hf_gradients, reset, start
+from tests.models.hf_reference import CASES, causal, decoder_errors, hf_gradients, start
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,18 @@ def vlm_step(model: VisionLanguageModel, tokens: int = 21) -> dict[str, Tensor]:
     media_index[3:7], media_index[9:13] = torch.arange(4), torch.arange(4, 8)
     rows = model.media_rows(model.encode_frames(frames))
     hidden = model(model.embed(ids, media_index, rows), AttentionContext(torch.arange(tokens), causal))
-    logprobs, entropy = model.token_logprobs(hidden[:-1], ids[1:], temperature=0.8, chunk=8, with_entropy=True)
+    logprobs, entropy = model.token_logprobs(
+        hidden[:-1], ids[1:], temperature=0.8, chunk=8, with_entropy=True
+    )
     assert entropy is not None
     loss = (logprobs * torch.randn(tokens - 1, generator=g)).sum() + 0.1 * entropy.sum()
     loss.backward()
     gradients = {f"grad {name}": gradient for name, gradient in hf_gradients(model).items()}
-    results = {"logprobs": logprobs.detach(), "entropy": entropy.detach(), "logits": model.language.logits(hidden)}
+    results = {
+        "logprobs": logprobs.detach(),
+        "entropy": entropy.detach(),
+        "logits": model.language.logits(hidden),
+    }
     return results | gradients
 
 
@@ -96,14 +102,17 @@ def on_two_ranks(rank: int, directory: str) -> dict[str, Any]:
     model = build_model(vlm_config(), topology, get_platform("cpu"), seed=3)
     results["weights"] = {name: tensor.clone() for name, tensor in export_hf(model)}
     results["step"] = vlm_step(model)
-    results["sharded"] = sorted(n for n, p in model.named_parameters() if getattr(p, "tensor_model_parallel", False))
+    results["sharded"] = sorted(
+        n for n, p in model.named_parameters() if getattr(p, "tensor_model_parallel", False)
+    )
     save_hf(model, Path(directory) / "saved")
     other = build_model(vlm_config(), topology, get_platform("cpu"), seed=4)
     load_hf_directory(other, Path(directory) / "saved")
     results["reloaded"] = {name: tensor.clone() for name, tensor in export_hf(other)}
     results["single token"] = vlm_single_token(model)
     results["errors"] = _errors(topology)
-    reset()
+    results["decoder"] = [decoder_errors(case, topology) for case in CASES]
+    results["decoder"].append(decoder_errors(CASES[1], replace(topology, sequence_parallel=False)))
     return results
 
 
@@ -136,12 +145,18 @@ def _logprobs(topology: Topology) -> list[Tensor]:
 
 def _errors(topology: Topology) -> list[str]:
     """Messages of configurations that two tensor-parallel ranks cannot hold, or targets no rank knows."""
-    changes = [dict(num_heads=3, num_kv_heads=3, head_dim=16), dict(ffn_hidden_size=49), dict(vocab_size=None)]
+    changes = [
+        dict(num_heads=3, num_kv_heads=3, head_dim=16),
+        dict(ffn_hidden_size=49),
+        dict(vocab_size=None),
+    ]
     messages = []
     for change in changes:
         values = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "ffn_hidden_size": 48, "vocab_size": 61}
         try:
-            build_model(ModelConfig(language=LanguageConfig(**{**values, **change})), topology, get_platform("cpu"))
+            build_model(
+                ModelConfig(language=LanguageConfig(**{**values, **change})), topology, get_platform("cpu")
+            )
             messages.append("")
         except MegavilaError as error:
             messages.append(str(error))

@@ -17,7 +17,13 @@ def test_equals_full_softmax(chunk: int, temperature: float, topology: Topology)
     hidden = inputs.hidden.float().requires_grad_()
     weight = inputs.weight.float().requires_grad_()
     logprobs, entropy = token_logprobs(
-        hidden, weight, inputs.targets, topology=topology, temperature=temperature, chunk=chunk, with_entropy=True
+        hidden,
+        weight,
+        inputs.targets,
+        topology=topology,
+        temperature=temperature,
+        chunk=chunk,
+        with_entropy=True,
     )
     assert entropy is not None
     ((logprobs * inputs.upstream[0]).sum() + (entropy * inputs.upstream[1]).sum()).backward()
@@ -40,7 +46,9 @@ def test_without_entropy_and_in_double_precision(topology: Topology) -> None:
 def test_extreme_logits_stay_finite(topology: Topology) -> None:
     hidden = torch.tensor([[1e4, 0.0]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
-    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([1]), topology=topology, with_entropy=True)
+    logprobs, entropy = token_logprobs(
+        hidden, weight, torch.tensor([1]), topology=topology, with_entropy=True
+    )
     assert logprobs.item() == -2e4 and entropy is not None and entropy.item() == 0.0
     logprobs.sum().backward()
     assert hidden.grad is not None and torch.isfinite(hidden.grad).all()

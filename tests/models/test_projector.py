@@ -69,7 +69,12 @@ def test_equals_vila_patch_by_patch(kind: str, grid: int) -> None:
 def test_rows_of_published_models() -> None:
     def tokens(image_size: int, kind: str) -> int:
         vision = VisionConfig(
-            hidden_size=16, num_layers=2, num_heads=2, intermediate_size=16, image_size=image_size, patch_size=14
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            intermediate_size=16,
+            image_size=image_size,
+            patch_size=14,
         )
         return tokens_per_frame(vision, ProjectorConfig(kind=kind))  # type: ignore[arg-type]
 

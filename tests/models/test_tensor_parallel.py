@@ -10,7 +10,7 @@ from megavila.models import build_model, export_hf, load_hf_directory
 from megavila.runtime.platform import get_platform
 from megavila.runtime.topology import Topology
 from tests.distributed import run_ranks
-from tests.models.hf_reference import relative_error
+from tests.models.hf_reference import check_errors, relative_error
 from tests.models.tensor_parallel_cases import (
     logprob_inputs,
     logprob_reference,
@@ -29,6 +29,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(directory: Path) -> list[dict[str, Any]]:
     return run_ranks(on_two_ranks, 2, str(directory))
+
+
+def test_decoder_equals_transformers(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for errors in rank["decoder"]:
+            check_errors(errors)
 
 
 def test_logprobs_equal_full_softmax(ranks: list[dict[str, Any]]) -> None:

@@ -17,7 +17,9 @@ from tests.models.hf_reference import hf_tower, relative_error
 LANGUAGE = LanguageConfig(hidden_size=32, num_layers=1, num_heads=2, ffn_hidden_size=32, vocab_size=11)
 
 
-def _tower(image_size: int = 31, patch_size: int = 7, feature_layer: int = -2, post_norm: bool = False) -> VisionConfig:
+def _tower(
+    image_size: int = 31, patch_size: int = 7, feature_layer: int = -2, post_norm: bool = False
+) -> VisionConfig:
     return VisionConfig(
         hidden_size=48,
         num_layers=4,
@@ -110,6 +112,7 @@ def test_recompute_gives_the_same_gradients(topology: Topology) -> None:
 
 
 def _load_tower(model: VisionLanguageModel, hf: Any) -> None:
-    state = {name: tensor.clone() for name, tensor in export_hf(model) if not name.startswith("vision_tower.")}
+    state = {
+        name: tensor.clone() for name, tensor in export_hf(model) if not name.startswith("vision_tower.")
+    }
     load_hf(model, state | {f"vision_tower.{name}": tensor for name, tensor in hf.state_dict().items()})
-
