@@ -103,7 +103,7 @@ def test_two_ranks() -> None:
     ranks = run_ranks(_on_two_ranks, 2)
     # Tensor and sequence parallel, with and without recomputation, equals one rank.
     for split in [r[0] for r in ranks] + [r[1] for r in ranks]:
-        assert split.keys() == one.keys() and len(one) == 16
+        assert split.keys() == one.keys() and len(one) == 18
         for name, expected in one.items():
             error = (split[name] - expected).norm() / expected.norm()
             assert error < 1e-5, f"{name}: relative error {error:.1e}"
