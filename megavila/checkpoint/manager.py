@@ -130,7 +130,7 @@ class CheckpointManager:
             problems = self._problems(path)
             if not problems:
                 return self._agree(partial(self._read, path))
-            logger.warning("checkpoint %s is damaged and passed over: %s", path, "; ".join(problems))
+            self._warn("checkpoint %s is damaged and passed over: %s", path, "; ".join(problems))
         return None
 
     # Writing
@@ -250,7 +250,7 @@ class CheckpointManager:
                 )
         same_ranks = manifest.world_size == topology.world_size
         if not same_ranks:
-            logger.warning(
+            self._warn(
                 "checkpoint %s was saved by %d ranks and is resumed by %d: random states are not restored",
                 path,
                 manifest.world_size,
@@ -277,6 +277,11 @@ class CheckpointManager:
     @property
     def _rng_name(self) -> str:
         return f"rng-rank{self.topology.rank:05d}"
+
+    def _warn(self, message: str, *values: object) -> None:
+        """Once, not once per rank."""
+        if self.topology.is_main:
+            logger.warning(message, *values)
 
     def _agree(self, action: Callable[[], T]) -> T:
         """Runs ``action`` on every rank and returns its own result; a failure on one is raised on all."""
