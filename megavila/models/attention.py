@@ -12,8 +12,8 @@ from megavila.models.rotary import RotaryTable, apply_rotary
 class AttentionStrategy(Protocol):
     """Which token sees which, and where keys and values come from.
 
-    Training layouts, context parallelism and KV caches are strategies. Under activation recomputation a layer is run
-    twice, so a training strategy must give the same answer each time it is called for a layer.
+    Training layouts, context parallelism and KV caches are strategies. Under activation recomputation a layer
+    is run twice, so a training strategy must give the same answer each time it is called for a layer.
     """
 
     def __call__(
@@ -21,7 +21,8 @@ class AttentionStrategy(Protocol):
     ) -> torch.Tensor:
         """layer: counted from 0. q: (t, heads, d); k, v: (t, kv_heads, d), rotated; returns (t, heads, d).
 
-        Head counts are those of this tensor-parallel rank; query head h reads key head h // (heads / kv_heads).
+        Head counts are those of this tensor-parallel rank; query head h reads key head
+        h // (heads / kv_heads).
         """
         ...
 
@@ -45,7 +46,7 @@ class AttentionContext:
 
 @dataclass(frozen=True)
 class RotatedContext:
-    """What reaches the layers as Megatron's `packed_seq_params`: the context and its angles, computed once."""
+    """What reaches the layers as Megatron's `packed_seq_params`: the context and its angles."""
 
     context: AttentionContext
     rotary: RotaryTable
@@ -55,8 +56,8 @@ class RotatedContext:
 class PackedAttention(nn.Module):
     """Megatron-core `core_attention`: rotates q and k and hands them to the context's strategy.
 
-    Rows that sequence parallelism appended to make the token count divisible are cut off before attention and come back
-    as zeros, so a strategy never sees them.
+    Rows that sequence parallelism appended to make the token count divisible are cut off before attention and
+    come back as zeros, so a strategy never sees them.
     """
 
     def __init__(

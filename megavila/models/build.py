@@ -31,9 +31,9 @@ def build_model(
 ) -> VisionLanguageModel:
     """The model on this rank, on the platform's device, parts that do not train frozen.
 
-    With `config.path` the weights are read from that directory, and so is the architecture where `config.language` is
-    None. Otherwise they are random: each checkpoint tensor is drawn whole from a generator seeded with `seed` and its
-    name, so every tensor-parallel degree starts from the same model.
+    With `config.path` the weights are read from that directory, and so is the architecture where
+    `config.language` is None. Otherwise they are random: each checkpoint tensor is drawn whole from a
+    generator seeded with `seed` and its name, so every tensor-parallel degree starts from the same model.
     """
     config = resolve_config(config)
     assert config.language is not None
@@ -94,7 +94,7 @@ def initialize_weights(model: VisionLanguageModel, seed: int) -> None:
 
 
 def _mark_sharded(model: nn.Module) -> None:
-    """Sets Megatron's attributes of sharded parameters, which it sets itself only where it initialises them."""
+    """Sets the attributes of sharded parameters, which Megatron sets only where it initialises them."""
     assert isinstance(model, VisionLanguageModel)
     parameters = dict(model.named_parameters())
     for mapping in get_family(model.config.family).mappings(model.config):

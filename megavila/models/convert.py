@@ -24,8 +24,8 @@ MAX_FILE_BYTES = 4 * 1024**3
 def export_hf(model: VisionLanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight as (checkpoint name, full tensor), one parameter gathered at a time.
 
-    A collective: all ranks of a tensor-parallel group must iterate to the end. A tensor may share memory with the
-    parameter, so copy what must outlive the next optimizer step.
+    A collective: all ranks of a tensor-parallel group must iterate to the end. A tensor may share memory with
+    the parameter, so copy what must outlive the next optimizer step.
     """
     topology = model.language.topology
     parameters = dict(model.named_parameters())
@@ -42,9 +42,9 @@ def export_hf(model: VisionLanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
 def load_hf(model: VisionLanguageModel, state: Mapping[str, torch.Tensor]) -> None:
     """Copies weights with checkpoint names into the model, each rank its part.
 
-    Raises MegavilaError for a tensor that is missing, has the wrong shape or has no place in the model, before any
-    weight has changed. Tensors the features cannot depend on (SigLIP's pooling head, blocks after the chosen layer) are
-    passed over. A tied output layer may be given if it equals the embedding.
+    Raises MegavilaError for a tensor that is missing, has the wrong shape or has no place in the model,
+    before any weight has changed. Tensors the features cannot depend on (SigLIP's pooling head, blocks after
+    the chosen layer) are passed over. A tied output layer may be given if it equals the embedding.
     """
     family = get_family(model.config.family)
     mappings = family.mappings(model.config)
@@ -82,14 +82,14 @@ def read_hf_config(
 
 
 def load_hf_directory(model: VisionLanguageModel, directory: Path | str) -> None:
-    """Loads the weights of a checkpoint directory of the model's family; only one tensor is in memory at a time."""
+    """Loads the weights of a checkpoint directory of the model's family, one parameter at a time."""
     load_hf(model, CheckpointTensors(Path(directory), get_family(model.config.family).parts))
 
 
 def save_hf(
     model: VisionLanguageModel, directory: Path | str, tokenizer_dir: Path | str | None = None
 ) -> None:
-    """Writes a checkpoint directory in the family's layout: config.json and safetensors of each part, tokenizer files.
+    """Writes a checkpoint directory in the family's layout: configuration, safetensors, tokenizer files.
 
     A collective; the main rank writes. The directory appears when it is complete and must not exist before.
     """

@@ -1,4 +1,4 @@
-"""How parameters start: each fills one full checkpoint tensor, so nothing depends on how tensors are fused or cut."""
+"""How parameters start: each function fills one full checkpoint tensor, neither fused nor cut."""
 
 import math
 

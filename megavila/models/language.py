@@ -32,15 +32,17 @@ from megavila.runtime.topology import Topology
 class LanguageModel(nn.Module):
     """Qwen2/Qwen3-type decoder with tensor and sequence parallelism.
 
-    Every rank of a tensor-parallel group passes the same tokens and receives all rows of the result. What flows back
-    into that result may differ between the ranks: gradients are summed over the group, so a loss that every rank
-    computes in full must not be differentiated through it on more than one rank (`token_logprobs` keeps to this).
+    Every rank of a tensor-parallel group passes the same tokens and receives all rows of the result. What
+    flows back into that result may differ between the ranks: gradients are summed over the group, so a loss
+    that every rank computes in full must not be differentiated through it on more than one rank
+    (`token_logprobs` keeps to this).
 
     Args:
         config: sizes.
         topology: supplies the tensor-parallel group.
         dtype: of the parameters.
-        recompute: "none", or "full": keep only each layer's input and run the layer again in the backward pass.
+        recompute: "none", or "full": keep only each layer's input and run the layer again in the backward
+            pass.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class LanguageModel(nn.Module):
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.mrope_section)
         self.gpt = GPTModel(
             config=_transformer_config(config, topology, dtype, recompute),
-            transformer_layer_spec=_block_submodules(config),  # type: ignore[arg-type]  # a block's modules, not one layer's
+            transformer_layer_spec=_block_submodules(config),  # type: ignore[arg-type]
             vocab_size=padded_vocab_size,
             max_sequence_length=config.max_position_embeddings,
             position_embedding_type="none",
@@ -89,9 +91,9 @@ class LanguageModel(nn.Module):
         return copy_to_tensor_model_parallel_region(hidden, group=group)
 
     def output_weight(self) -> torch.Tensor:
-        """This rank's rows of the output embedding, (vocab / TP, hidden), without the rows that pad the vocabulary.
+        """This rank's rows of the output embedding, (vocab / TP, hidden), without padding.
 
-        Padding makes the vocabulary divisible and lies at its end, so the last rank may have fewer rows.
+        Padding rows make the vocabulary divisible and lie at its end, so the last rank may have fewer rows.
         """
         if self.config.tie_word_embeddings:
             weight = self.gpt.embedding.word_embeddings.weight
@@ -121,8 +123,8 @@ def _vocab_size(config: LanguageConfig, tensor: int) -> int:
         )
     if config.vocab_size <= (tensor - 1) * -(-config.vocab_size // tensor):
         raise MegavilaError(
-            f"language.vocab_size={config.vocab_size} is too small to be split over tensor_parallel={tensor}: "
-            "the last rank would hold no token; use a smaller degree"
+            f"language.vocab_size={config.vocab_size} is too small to be split over "
+            f"tensor_parallel={tensor}: the last rank would hold no token; use a smaller degree"
         )
     return config.vocab_size
 
@@ -138,8 +140,8 @@ def _check_divisible(config: LanguageConfig, tensor: int) -> None:
     larger, smaller = max(config.num_kv_heads, tensor), min(config.num_kv_heads, tensor)
     if larger % smaller or (config.num_heads + 2 * config.num_kv_heads) * config.head_dim % tensor:
         raise MegavilaError(
-            f"language.num_kv_heads={config.num_kv_heads} cannot be spread over tensor_parallel={tensor}; use a degree "
-            "that divides num_kv_heads, or a multiple of it"
+            f"language.num_kv_heads={config.num_kv_heads} cannot be spread over tensor_parallel={tensor}; "
+            "use a degree that divides num_kv_heads, or a multiple of it"
         )
 
 
@@ -169,10 +171,12 @@ def _transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
-        # Our initialisation does not depend on the tensor-parallel degree (build.py), so Megatron's is not wanted.
+        # Our initialisation does not depend on the tensor-parallel degree (build.py), so Megatron's is not
+        # wanted.
         use_cpu_initialization=True,
         perform_initialization=False,
-        use_te_activation_func=True,  # in spite of its name: take the MLP's activation from the layer's submodules
+        # In spite of its name: take the MLP's activation from the layer's submodules.
+        use_te_activation_func=True,
         # These go through torch.compile on first use, and again for each new token count.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

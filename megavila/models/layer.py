@@ -9,9 +9,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 class DecoderLayer(TransformerLayer):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
-    Megatron-core's own forward walks through offloading contexts, an empty cross attention and dropout wrappers at every
-    layer, which a decoding step over a few hundred tokens notices. It also turns gradients on inside the residual
-    additions. Construction, parameters and checkpoint names are the parent's.
+    Megatron-core's own forward walks through offloading contexts, an empty cross attention and dropout
+    wrappers at every layer, which a decoding step over a few hundred tokens notices. It also turns gradients
+    on inside the residual additions. Construction, parameters and checkpoint names are the parent's.
     """
 
     def forward(
@@ -22,7 +22,7 @@ class DecoderLayer(TransformerLayer):
         packed_seq_params: Any,
         **unused: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden_states (tokens / SP, 1, hidden) -> (the same shape, None for Megatron's cross-attention context)."""
+        """(tokens / SP, 1, hidden) -> (the same shape, None for Megatron's cross-attention context)."""
         attended, _ = self.self_attention(
             self.input_layernorm(hidden_states), attention_mask=None, packed_seq_params=packed_seq_params
         )

@@ -22,8 +22,8 @@ def token_logprobs(
     """Log-softmax of `hidden @ weightᵀ / temperature` at `targets`, in fp32 (fp64 for fp64 inputs).
 
     Rows are processed `chunk` at a time and their logits computed again in the backward pass, so memory is
-    O(chunk · vocab / TP). The gradient of `hidden` is this rank's share, from its part of the vocabulary: the gather at
-    the end of `LanguageModel.forward` sums the shares over the tensor-parallel group.
+    O(chunk · vocab / TP). The gradient of `hidden` is this rank's share, from its part of the vocabulary: the
+    gather at the end of `LanguageModel.forward` sums the shares over the tensor-parallel group.
 
     Args:
         hidden: (n, hidden), the same on every tensor-parallel rank.

@@ -1,7 +1,8 @@
 """Declarative parameter mappings between this package's parameters and Hugging Face names.
 
-One table of mappings per model family serves import, export, weight transfer to a rollout engine and initialisation. A
-mapping knows how the tensors that carry one parameter in a checkpoint are fused and cut for tensor parallelism.
+One table of mappings per model family serves import, export, weight transfer to a rollout engine and
+initialisation. A mapping knows how the tensors that carry one parameter in a checkpoint are fused and cut for
+tensor parallelism.
 """
 
 from abc import ABC, abstractmethod
@@ -36,7 +37,7 @@ class Mapping(ABC):
 
     @abstractmethod
     def unshard(self, shards: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The parameter of every rank, in rank order -> checkpoint tensors, which may share memory with it."""
+        """Every rank's parameter, in rank order -> checkpoint tensors, which may share memory with it."""
 
     @property
     def is_sharded(self) -> bool:
@@ -61,7 +62,7 @@ class Replicated(Mapping):
 
 @dataclass(frozen=True)
 class Stacked(Mapping):
-    """Tensors stacked along their first dimension, replicated: a fused q, k, v projection outside tensor parallelism."""
+    """Tensors stacked along their first dimension, replicated: the tower's fused q, k, v projection."""
 
     def shard(self, tensors: Sequence[torch.Tensor], rank: int, degree: int) -> torch.Tensor:
         return torch.cat(list(tensors))
@@ -98,7 +99,7 @@ class Column(Mapping):
 
 @dataclass(frozen=True)
 class Vocab(Mapping):
-    """An embedding table or output layer: padded with zero rows to a multiple of the degree, then cut by rows."""
+    """An embedding table: padded with zero rows to a multiple of the degree, then cut by rows."""
 
     def shard(self, tensors: Sequence[torch.Tensor], rank: int, degree: int) -> torch.Tensor:
         (table,) = tensors
@@ -125,8 +126,8 @@ class GatedMlp(Mapping):
 class Qkv(Mapping):
     """Query, key and value projections interleaved by key/value head, then cut by rows.
 
-    For each kv head: its query heads, its key head, its value head (Megatron's linear_qkv). With fewer kv heads than
-    ranks a cut goes through a group, which Megatron-core puts together again in the forward pass.
+    For each kv head: its query heads, its key head, its value head (Megatron's linear_qkv). With fewer kv
+    heads than ranks a cut goes through a group, which Megatron-core joins again in the forward pass.
 
     kv_heads: key/value heads of the whole model.
     """

@@ -42,9 +42,9 @@ def _normalise(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last dimension (Zhang and Sennrich, 2019).
 
-    Megatron-core's own torch norm refuses sequence parallelism. Here the weight is replicated over the tensor-parallel
-    group, and with sequence parallelism marked `sequence_parallel`: each rank sees only its rows, so its gradient is a
-    part that gradient reduction sums over the group.
+    Megatron-core's own torch norm refuses sequence parallelism. Here the weight is replicated over the
+    tensor-parallel group, and with sequence parallelism marked `sequence_parallel`: each rank sees only its
+    rows, so its gradient is a part that gradient reduction sums over the group.
 
     Args:
         config: Megatron `TransformerConfig`; `params_dtype` and `sequence_parallel` are read.

@@ -22,9 +22,10 @@ DOWNSAMPLE = {
 
 
 class SpaceToChannel(nn.Module):
-    """Joins each `side` x `side` square of patches into one row; a grid that does not divide is padded with zeros.
+    """Joins each `side` x `side` square of patches into one row; the grid is padded with zeros to divide.
 
-    Channels of a row are those of its patches from top left to bottom right; rows are ordered from top left too.
+    Channels of a row are those of its patches from top left to bottom right; rows are ordered from top left
+    too.
     """
 
     def __init__(self, side: int) -> None:
@@ -92,10 +93,12 @@ def num_media_rows(num_frames: int, tokens: int, temporal_pooling: int = 1) -> i
 
 
 def pool_frames(rows: torch.Tensor, temporal_pooling: int) -> torch.Tensor:
-    """Mean over each run of `temporal_pooling` consecutive frames of one video (VILA's TSP encoder, pool size [k, 1, 1]).
+    """Mean over each run of `temporal_pooling` = k consecutive frames of one video.
 
-    (n, tokens, hidden) -> (ceil(n / k), tokens, hidden). The last run may be shorter: the mean is over the frames it has.
-    A video cut into slices pools to the same rows if each slice but the last is a multiple of k frames.
+    As VILA's TSP encoder with pool size [k, 1, 1].
+    (n, tokens, hidden) -> (ceil(n / k), tokens, hidden). The last run may be shorter: the mean is over the
+    frames it has. A video cut into slices pools to the same rows if each slice but the last is a multiple of
+    k frames.
     """
     if temporal_pooling == 1:
         return rows

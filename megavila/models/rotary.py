@@ -1,7 +1,8 @@
 """Rotary position embeddings for explicit position ids, one- and three-dimensional.
 
-Megatron-core's rotary embeddings number the rows of the sequence themselves. Packed layouts need the opposite: several
-responses restart at the position after their common prompt, and a video's rows carry (time, height, width) ids.
+Megatron-core's rotary embeddings number the rows of the sequence themselves. Packed layouts need the
+opposite: several responses restart at the position after their common prompt, and a video's rows carry (time,
+height, width) ids.
 """
 
 from collections.abc import Sequence
@@ -34,12 +35,14 @@ class RotaryTable:
 
 
 class RotaryEmbedding:
-    """Angles `position · theta^(-2i / head_dim)` for i in [0, head_dim / 2) (RoFormer; M-RoPE as in Qwen2-VL).
+    """Angles `position · theta^(-2i / head_dim)` for i in [0, head_dim / 2).
+
+    Su et al., 2021 (RoFormer); with three axes M-RoPE as in Qwen2-VL and Qwen3-VL.
 
     Args:
         head_dim: size of an attention head, even.
         theta: base of the frequencies.
-        mrope_section: how many frequencies belong to (time, height, width); None for one-dimensional positions.
+        mrope_section: frequencies of (time, height, width); None for one-dimensional positions.
         layout: where those frequencies lie.
     """
 
@@ -81,7 +84,7 @@ def _axis_of_frequency(count: int, section: Sequence[int], layout: MropeLayout) 
     """(count,) tensor with 0, 1 or 2: the axis (time, height, width) whose position turns each frequency."""
     if len(section) != 3 or sum(section) != count:
         raise MegavilaError(
-            f"mrope_section {list(section)} must be three counts that sum to head_dim / 2 = {count} frequencies"
+            f"mrope_section {list(section)} must be three counts of frequencies that sum to head_dim / 2 = {count}"
         )
     if layout is MropeLayout.SECTIONED:
         return torch.repeat_interleave(torch.arange(3), torch.tensor(list(section)))
@@ -92,7 +95,7 @@ def _axis_of_frequency(count: int, section: Sequence[int], layout: MropeLayout) 
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotates pairs (x_i, x_{i + d/2}); the backward turns the gradient by the opposite angle and saves no activation."""
+    """Rotates pairs (x_i, x_{i + d/2}); the backward turns by the opposite angle and needs no activation."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Reading and writing one checkpoint part: a folder of safetensors files, with an index if there are several."""
+"""Reading and writing the parts of a checkpoint: folders of safetensors files."""
 
 import json
 import os
@@ -52,7 +52,7 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
 
 class ShardWriter:
-    """Writes tensors to `model.safetensors`, or to several files with an index when they exceed `max_bytes`."""
+    """Writes `model.safetensors`, or several files with an index when they exceed `max_bytes`."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder

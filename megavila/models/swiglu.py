@@ -29,7 +29,8 @@ class _SwiGlu(torch.autograd.Function):
 class SwiGlu(nn.Module):
     """[gate | up] (…, 2n) -> silu(gate) · up (…, n) (Shazeer, 2020).
 
-    Takes the place of Megatron-core's chain of element-wise passes as the `activation_func` submodule of its MLP.
+    Takes the place of Megatron-core's chain of element-wise passes as the `activation_func` submodule of its
+    MLP.
     """
 
     def __init__(self, config: Any = None) -> None:

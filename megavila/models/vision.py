@@ -1,4 +1,4 @@
-"""SigLIP vision tower (Zhai et al., 2023) in plain torch, one frame at a time: no attention between frames."""
+"""SigLIP vision tower (Zhai et al., 2023) in plain torch; frames do not see each other."""
 
 import torch
 import torch.nn.functional as F
@@ -6,17 +6,18 @@ from torch import nn
 
 from megavila.config import VisionConfig
 
-# Below this many patches a CPU runs softmax(q kᵀ) v as two batched products about twice as fast as the fused kernel,
-# whose backward works in blocks that tiny frames do not fill.
-SMALL_FRAME_PATCHES = 96
+# Below this many patches a CPU runs softmax(q kᵀ) v as two batched products about twice as fast as the fused
+# kernel, whose backward works in blocks that tiny frames do not fill.
+SMALL_FRAME_PATCHES = 64
 
 
 class SiglipVisionTower(nn.Module):
     """Patch embedding, learned positions and pre-norm blocks.
 
-    `config.feature_layer` counts hidden states as VILA's mm_vision_select_layer and transformers' `hidden_states` do: -1
-    is the output of the last block, before the final LayerNorm; -2 that of the block before it; -num_layers - 1 the patch
-    embeddings. Blocks after the chosen state are not built. `config.post_norm` adds the final LayerNorm.
+    `config.feature_layer` counts hidden states as VILA's mm_vision_select_layer and transformers'
+    `hidden_states` do: -1 is the output of the last block, before the final LayerNorm; -2 that of the block
+    before it; -num_layers - 1 the patch embeddings. Blocks after the chosen state are not built.
+    `config.post_norm` adds the final LayerNorm.
     """
 
     def __init__(self, config: VisionConfig, *, dtype: torch.dtype) -> None:
@@ -24,7 +25,7 @@ class SiglipVisionTower(nn.Module):
         self.config = config
         self.num_blocks = config.num_layers + 1 + config.feature_layer
         self.num_patches = config.patches_per_side**2
-        # (hidden, channels, patch, patch), a convolution's weight whose stride is its size: one product per patch.
+        # (hidden, channels, patch, patch): a convolution whose stride is its size is one product per patch.
         self.patch_weight = nn.Parameter(
             torch.empty(config.hidden_size, 3, config.patch_size, config.patch_size, dtype=dtype)
         )
@@ -72,7 +73,7 @@ class _Block(nn.Module):
         n, patches, width = hidden.shape
         q, k, v = self.qkv(hidden).view(n, patches, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if hidden.device.type == "cpu" and patches <= SMALL_FRAME_PATCHES:
-            out = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1) @ v
+            out = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return self.out(out.transpose(1, 2).reshape(n, patches, width))

@@ -49,8 +49,8 @@ class VisionLanguageModel(nn.Module):
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """frames (n, 3, h, w) uint8 -> (n, tokens_per_frame, hidden).
 
-        Frames are encoded one by one, whatever the batch. With `recompute: full` the tower's activations are computed
-        again in the backward pass.
+        Frames are encoded one by one, whatever the batch. With `recompute: full` the tower's activations are
+        computed again in the backward pass.
         """
         tower, projector = self.vision, self.projector
         if tower is None or projector is None:
@@ -75,7 +75,7 @@ class VisionLanguageModel(nn.Module):
         return encoded[0] if len(encoded) == 1 else torch.cat(encoded)  # type: ignore[arg-type]
 
     def media_rows(self, encoded: torch.Tensor) -> torch.Tensor:
-        """Encoded consecutive frames of one video (n, tokens_per_frame, hidden) -> its media rows (rows, hidden).
+        """Encoded frames of one video, (n, tokens_per_frame, hidden) -> its media rows (rows, hidden).
 
         Applies temporal pooling; `num_media_rows` says how many rows come out.
         """
@@ -87,7 +87,7 @@ class VisionLanguageModel(nn.Module):
         """Text rows from the embedding table, media rows scattered among them; differentiable in both.
 
         token_ids: (t,); what stands at media positions is not looked up.
-        media_index: (t,), the row of `media_rows` for a media position and -1 for text. Several positions may name one row.
+        media_index: (t,), a media position's row of `media_rows`, -1 for text; positions may share a row.
         media_rows: (m, hidden), or None where there is no media.
         Returns (t, hidden). Raises MegavilaError unless the highest index is the last row.
         """
@@ -123,7 +123,7 @@ class VisionLanguageModel(nn.Module):
         chunk: int = 1024,
         with_entropy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities (n,) of `targets` (n,) given hidden states (n, hidden); see `logprobs.token_logprobs`."""
+        """Log-probabilities of `targets` (n,) given hidden states (n, hidden); see `token_logprobs`."""
         return token_logprobs(
             hidden,
             self.language.output_weight(),

@@ -135,7 +135,8 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def our_decoder(case: LanguageCase, topology: Topology, hf: Any) -> VisionLanguageModel:
-    config = ModelConfig(language=case.config(), dtype="float32", recompute=case.recompute)  # type: ignore[arg-type]
+    recompute: Any = case.recompute
+    config = ModelConfig(language=case.config(), dtype="float32", recompute=recompute)
     model = build_model(config, topology, get_platform("cpu"))
     load_hf(model, {f"llm.{name}": tensor for name, tensor in hf.state_dict().items()})
     return model

@@ -1,4 +1,4 @@
-"""What two tensor-parallel ranks compute, compared by test_tensor_parallel.py; all in one pair of processes."""
+"""What two tensor-parallel ranks compute, in one pair of processes."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def logprob_reference(inputs: LogprobInputs, temperature: float) -> tuple[Tensor
 
 
 def vlm_config(**changes: Any) -> ModelConfig:
-    """A small model of everything: qk norm, odd vocabulary, odd patch grid, a tower layer that is not built."""
+    """A small model: qk norm, odd vocabulary, odd patch grid, a tower layer that is not built."""
     language = LanguageConfig(
         hidden_size=32,
         num_layers=2,
@@ -72,7 +72,7 @@ def vlm_config(**changes: Any) -> ModelConfig:
 
 
 def vlm_step(model: VisionLanguageModel, tokens: int = 21) -> dict[str, Tensor]:
-    """Log-probabilities of a prompt with two frames, sampling logits, and all gradients under checkpoint names."""
+    """Log-probabilities of a prompt with two frames, sampling logits, and all gradients."""
     g = torch.Generator().manual_seed(11)
     frames = torch.randint(0, 256, (2, 3, 21, 21), dtype=torch.uint8, generator=g)
     ids = torch.randint(0, 61, (tokens,), generator=g)

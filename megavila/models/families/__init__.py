@@ -1,4 +1,4 @@
-"""Model families: for each, one table of parameter mappings and the checkpoint layout it is read from and written to."""
+"""Model families: for each, one table of parameter mappings and a checkpoint layout."""
 
 from megavila.models.families.family import Family
 from megavila.models.families.vila import VILA

@@ -19,7 +19,8 @@ class Family:
     parts: folder of a checkpoint directory -> prefix of its tensors' names.
     mappings: every parameter of the model, once.
     is_unused: whether a checkpoint tensor of this name is known and has no place in the model.
-    constants: tensors that the format's loaders expect though the features do not depend on them; written, never read.
+    constants: tensors that the format's loaders expect though the features do not depend on them; written,
+        never read.
     canonical_name: the name in the table for the name a checkpoint uses.
     read_config: checkpoint directory -> architecture.
     write_config: model -> {path in the checkpoint directory: JSON object}.

@@ -40,7 +40,8 @@ def _layer_mappings(config: LanguageConfig, native: str, hf: str, init_std: floa
     hidden, inner, head = config.hidden_size, config.ffn_hidden_size, config.head_dim
     q_rows, kv_rows = config.num_heads * head, config.num_kv_heads * head
     attention, mlp = f"{native}.self_attention", f"{native}.mlp"
-    # The residual stream adds two outputs a layer: their weights shrink so that its variance does not grow with depth.
+    # The residual stream adds two outputs a layer: their weights shrink so that its variance does not grow
+    # with depth.
     into_residual = normal(init_std / (2 * config.num_layers) ** 0.5)
     q, k, v = (f"{hf}.self_attn.{name}_proj" for name in "qkv")
 
@@ -101,7 +102,8 @@ def write_decoder_config(config: LanguageConfig, dtype: str) -> dict[str, Any]:
     kind = _ARCHITECTURES.get((config.qkv_bias, config.qk_norm))
     if kind is None:
         raise MegavilaError(
-            "no Hugging Face architecture has both qkv_bias and qk_norm; export needs one of them (Qwen2, Qwen3) or neither"
+            "no Hugging Face architecture has both qkv_bias and qk_norm; export needs one of them "
+            "(Qwen2, Qwen3) or neither"
         )
     model_type, architecture = kind
     return {

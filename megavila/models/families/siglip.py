@@ -14,7 +14,7 @@ def num_blocks(config: VisionConfig) -> int:
 
 
 def siglip_mappings(config: VisionConfig, prefix: str) -> list[Mapping]:
-    """All parameters of the tower, initialised as transformers initialises SigLIP; `prefix`: e.g. "vision_tower."."""
+    """All parameters of the tower, initialised as transformers does; `prefix`: e.g. "vision_tower."."""
     width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
     hf = f"{prefix}vision_model"
     tower = "vision"
@@ -49,7 +49,7 @@ def siglip_mappings(config: VisionConfig, prefix: str) -> list[Mapping]:
 
 
 def is_unused(config: VisionConfig, name: str, prefix: str) -> bool:
-    """Tensors of a whole SigLIP checkpoint that the features do not depend on: later blocks, final norm, pooling head."""
+    """Whether the features do not depend on a tensor: later blocks, final norm, pooling head."""
     hf = f"{prefix}vision_model."
     if not name.startswith(hf):
         return False
