@@ -1,6 +1,6 @@
 """Stage 1: videos become rows of the language model, each frame decoded and encoded once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -46,8 +46,8 @@ def encode_videos(
 
     Raises MediaError for a video that cannot be read; whether to skip it is the caller's policy.
     """
-    encode = _Encoder(model, loader, store, grad)
-    return torch.cat([encode(video) for video in videos])
+    rows = _Encoder(model, loader, store, grad)(videos)
+    return torch.cat([rows[video] for video in videos])
 
 
 def encode_prompts(
@@ -62,9 +62,9 @@ def encode_prompts(
 
     Prompts that ask about the same frames share one encoding, with gradient too.
     """
-    encode = _Encoder(model, loader, store, grad)
+    rows = _Encoder(model, loader, store, grad)([video for prompt in prompts for video in prompt.videos])
     return [
-        torch.cat([encode(video) for video in prompt.videos]) if prompt.videos else None for prompt in prompts
+        torch.cat([rows[video] for video in prompt.videos]) if prompt.videos else None for prompt in prompts
     ]
 
 
@@ -80,30 +80,58 @@ class _Encoder:
         self.grad = self.grad and any(p.requires_grad for part in parts for p in part.parameters())
         self.weights = "" if self.grad else weights_fingerprint(parts)
         self.device = model.language.output_weight().device
-        self.done: dict[StoreKey, Tensor] = {}
 
-    def __call__(self, video: SampledVideo) -> Tensor:
+    def __call__(self, videos: Sequence[SampledVideo]) -> dict[SampledVideo, Tensor]:
+        """Media rows of each distinct video."""
+        if not videos:
+            return {}
         if self.model.vision is None:
-            raise MegavilaError(f"{video.path}: this model has no vision tower; set model.vision")
+            raise MegavilaError(f"{videos[0].path}: this model has no vision tower; set model.vision")
         side = self.model.vision.config.image_size
-        key = StoreKey(f"{video.fingerprint}/{video.stream}", video.frame_ids, (side, side), self.weights)
-        if key not in self.done:
-            self.done[key] = self._encode(video, side) if self.grad else self._from_store(key, video, side)
-        return self.done[key]
+        keys = {
+            video: StoreKey(
+                f"{video.fingerprint}/{video.stream}", video.frame_ids, (side, side), self.weights
+            )
+            for video in videos
+        }
+        one_of = {key: video for video, key in keys.items()}
+        found: dict[StoreKey, Tensor] = {}
+        if not self.grad:
+            kept = ((key, self.store.get(key)) for key in one_of)
+            found = {key: rows.to(self.device) for key, rows in kept if rows is not None}
+        with torch.set_grad_enabled(self.grad):
+            for batch in _batches([key for key in one_of if key not in found]):
+                rows = self._encode([one_of[key] for key in batch], side)
+                found |= zip(batch, rows, strict=True)
+                if not self.grad:
+                    for key, row in zip(batch, rows, strict=True):
+                        self.store.put(key, row)
+        return {video: found[key] for video, key in keys.items()}
 
-    def _from_store(self, key: StoreKey, video: SampledVideo, side: int) -> Tensor:
-        rows = self.store.get(key)
-        if rows is None:
-            with torch.no_grad():
-                rows = self._encode(video, side)
-            self.store.put(key, rows)
-        return rows.to(self.device)
-
-    def _encode(self, video: SampledVideo, side: int) -> Tensor:
+    def _encode(self, videos: Sequence[SampledVideo], side: int) -> list[Tensor]:
+        """Rows of videos whose frames go through the tower together; of a long one, a slice at a time."""
         encoded = []
-        for start in range(0, video.num_frames, FRAMES_PER_SLICE):
-            stop = min(start + FRAMES_PER_SLICE, video.num_frames)
-            frames = self.loader(video, (side, side), start, stop)
-            encoded.append(self.model.encode_frames(frames.to(self.device)))
-            self.store.counters.frames_encoded += stop - start
-        return self.model.media_rows(torch.cat(encoded))
+        for start in range(0, max(video.num_frames for video in videos), FRAMES_PER_SLICE):
+            stop = start + FRAMES_PER_SLICE
+            frames = [
+                self.loader(video, (side, side), start, min(stop, video.num_frames)) for video in videos
+            ]
+            encoded.append(self.model.encode_frames(torch.cat(frames).to(self.device)))
+        every = torch.cat(encoded)
+        self.store.counters.frames_encoded += len(every)
+        pieces = every.split([video.num_frames for video in videos])
+        return [self.model.media_rows(piece) for piece in pieces]
+
+
+def _batches(keys: Sequence[StoreKey]) -> Iterator[list[StoreKey]]:
+    """Videos of together at most FRAMES_PER_SLICE frames; a longer one is alone."""
+    batch: list[StoreKey] = []
+    frames = 0
+    for key in keys:
+        if batch and frames + len(key.frame_ids) > FRAMES_PER_SLICE:
+            yield batch
+            batch, frames = [], 0
+        batch.append(key)
+        frames += len(key.frame_ids)
+    if batch:
+        yield batch

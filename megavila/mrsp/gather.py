@@ -84,11 +84,11 @@ class _ShardGather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         source_index, row_index = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[3:])
-        grads = ctx.extension.scatter_add(grad, source_index, row_index, ctx.rows, needed)
+        parts = ctx.extension.scatter_add(grads[0], source_index, row_index, ctx.rows, needed)
         moved = [
-            None if part is None else part.to(device) for part, device in zip(grads, ctx.devices, strict=True)
+            None if part is None else part.to(device) for part, device in zip(parts, ctx.devices, strict=True)
         ]
         return (None, None, None, *moved)

@@ -1,11 +1,16 @@
 """Prompts without videos on disk, for layouts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from megavila.config import ParallelConfig
+from megavila.runtime.platform import get_platform
+from megavila.runtime.seeds import seed_everything
+from megavila.runtime.topology import Topology, initialize, shutdown
 
 VOCAB = 61
 MEDIA_TOKEN = 60
@@ -67,3 +72,12 @@ def make_prompt() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def make_responses() -> Callable[..., tuple[torch.Tensor, ...]]:
     return _make_responses
+
+
+@pytest.fixture(scope="module")
+def topology() -> Iterator[Topology]:
+    """A world of one, left again after the module."""
+    world = initialize(ParallelConfig(), get_platform("cpu"))
+    seed_everything(0, world)
+    yield world
+    shutdown()

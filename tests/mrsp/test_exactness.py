@@ -1,6 +1,6 @@
 """One shared prompt against G independent sequences: log-probs and every gradient, tower and projector included."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from megavila.mrsp.layout import Group, LayoutKind, build_layout
 from megavila.mrsp.logprobs import response_logprobs, response_logprobs_and_entropy
 from megavila.runtime.platform import get_platform
 from megavila.runtime.topology import Topology
-from tests.models.hf_reference import hf_gradients, randomize, reset, start
+from tests.models.hf_reference import hf_gradients, randomize
 
 Make = Callable[..., Any]
 TEMPERATURE = 0.7
@@ -30,12 +30,6 @@ GRID: dict[str, list[tuple[int, list[int], int, list[int]]]] = {
     "mixed": [(2, [1], 1, [3, 1, 4]), (9, [], 0, [1, 5]), (0, [2, 1], 6, [2, 0, 6]), (1, [], 0, [7])],
     "long": [(31, [6], 40, [63, 17, 97])],
 }
-
-
-@pytest.fixture(scope="module")
-def topology() -> Iterator[Topology]:
-    yield start()
-    reset()
 
 
 def build(topology: Topology, dtype: str) -> VisionLanguageModel:
