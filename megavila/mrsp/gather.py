@@ -84,7 +84,7 @@ class _ShardGather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         source_index, row_index = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[3:])
         parts = ctx.extension.scatter_add(grads[0], source_index, row_index, ctx.rows, needed)
