@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megavila.config import GrpoRunConfig
+from megavila.evaluation.periodic import evaluate_session
 from megavila.media import FrameCache
 from megavila.rewards import Scorer
 from megavila.rl.grpo import GrpoTrainer
@@ -19,7 +20,11 @@ def run_grpo(
 
     Args:
         frames: decoded frames to go on from, where several runs in one process read the same videos.
-        evaluate: called every ``run.eval_every`` steps with the session and the step.
+        evaluate: called every ``run.eval_every`` steps with the session and the step; scores `data.eval` by
+            default.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT arrived; the run is saved and goes on with run.resume=auto.
     """
     budget, response = config.grpo.max_tokens_per_microbatch, config.rollout.max_response_tokens
     if budget <= response:
@@ -40,4 +45,4 @@ def run_grpo(
         )
         scorer = Scorer(config.reward)
         scorer.check(session.rows)
-        return run(session, GrpoTrainer(session, engine, scorer), evaluate)
+        return run(session, GrpoTrainer(session, engine, scorer), evaluate or evaluate_session)

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on chains of thought: section 4.1 of arXiv 2507.07966.
 
 A row is a group of one response, the target text, so SFT takes the same path as GRPO: the same prompts, the
-    same encoder, layout and log-probs. The loss is the cross-entropy of the target tokens, averaged over all
-    of the step's.
+same encoder, layout and log-probs. The loss is the cross-entropy of the target tokens, averaged over all of
+the step's.
 """
 
 from collections.abc import Mapping, Sequence

@@ -39,7 +39,7 @@ class Trainer(Protocol):
 Evaluate = Callable[[Session, int], Mapping[str, float]]
 
 
-def run(session: Session, trainer: Trainer, evaluate: Evaluate | None = None) -> Path:
+def run(session: Session, trainer: Trainer, evaluate: Evaluate) -> Path:
     """Train to the configured number of steps and return the directory of the exported model.
 
     Args:
@@ -58,7 +58,7 @@ def run(session: Session, trainer: Trainer, evaluate: Evaluate | None = None) ->
             with session.timers("time/step"):
                 metrics = dict(trainer.train_step(step))
             state.step = step
-            if evaluate is not None and config.run.eval_every and step % config.run.eval_every == 0:
+            if config.run.eval_every and step % config.run.eval_every == 0:
                 metrics |= evaluate(session, step)
             _record(session, state, metrics)
             progress.advance(text=_headline(trainer, metrics) if step % config.run.log_every == 0 else "")

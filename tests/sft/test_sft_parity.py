@@ -52,7 +52,7 @@ def test_labels_of_one_sequence_are_what_transformers_masks(world, tmp_path, mon
         trainer = SftTrainer(session)
         drawn = []
         monkeypatch.setattr(
-            trainer_module, "draw_examples", lambda *args: drawn.extend(draw(*args)) or list(drawn)
+            trainer_module, "draw_examples", lambda *a, **k: drawn.extend(draw(*a, **k)) or list(drawn)
         )
         metrics = trainer.train_step(1)
         prompt, media_rows = drawn[0].prompt, drawn[0].media_rows
