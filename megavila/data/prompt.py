@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,9 @@ class PromptBuilder:
 
     Args:
         tokenizer, template, config: how text is written; `config` also says how videos are sampled. A row's own
-            columns `num_frames`, or `fps` and `max_frames`, come before those of `config`.
+            columns `num_frames`, or `fps` and `max_frames`, come before those of `config`; its columns `start` and
+            `end` (seconds) make it a row about that clip of its video, and `time_offset` (seconds) is added to the
+            times that its frames are labelled with.
         tokens_per_frame: rows of the language model one frame becomes.
         temporal_pooling: consecutive frames that share these rows (the last group of a video may be smaller).
         max_prompt_tokens: longer prompts are an error.
@@ -118,7 +121,7 @@ class PromptBuilder:
             )
         videos = tuple(sample_video(path, **self._sampling(row)) for path in row.videos)
         parts = self.template.render(row, videos[0].duration if videos else None)
-        ids, spans = self._tokens(parts, videos)
+        ids, spans = self._tokens(parts, videos, float(row.extra.get("time_offset") or 0))
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
             raise MegavilaError(self._too_long(row, videos, len(ids), spans))
         token_ids = torch.tensor(ids, dtype=torch.int64)
@@ -144,14 +147,15 @@ class PromptBuilder:
         """int64 (R,) token ids of a response, the end-of-sequence token included."""
         return torch.tensor([*self.tokenizer.encode_literal(text), self.tokenizer.eos_id], dtype=torch.int64)
 
-    def _sampling(self, row: Row) -> dict[str, int | float | None]:
+    def _sampling(self, row: Row) -> dict[str, Any]:
         own = {
             key: row.extra[key]
-            for key in ("num_frames", "fps", "max_frames")
+            for key in ("num_frames", "fps", "max_frames", "start", "end")
             if row.extra.get(key) is not None
         }
         for key, value in own.items():
-            if isinstance(value, bool) or not isinstance(value, int if key != "fps" else int | float):
+            whole = key in ("num_frames", "max_frames")
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise MegavilaError(
                     f"{row.source}: field {key!r}: {value!r} is not a number of the right kind"
                 )
@@ -163,7 +167,7 @@ class PromptBuilder:
         return own
 
     def _tokens(
-        self, parts: Sequence[Part], videos: Sequence[SampledVideo]
+        self, parts: Sequence[Part], videos: Sequence[SampledVideo], time_offset: float
     ) -> tuple[list[int], list[MediaSpan]]:
         ids = list(self.tokenizer.prefix_ids)
         spans: list[MediaSpan] = []
@@ -183,7 +187,7 @@ class PromptBuilder:
                 ids.extend(self.tokenizer.encode_literal(part.text))
             else:
                 for group, time in enumerate(videos[part.video].timestamps[:: self.temporal_pooling]):
-                    before, after = self._frame_text.around(time)
+                    before, after = self._frame_text.around(time + time_offset)
                     text += before
                     flush()
                     spans.append(MediaSpan(len(ids), self.tokens_per_frame, part.video, group, time))

@@ -1,9 +1,10 @@
-"""From chosen frames to pixels: any contiguous slice of a sampled video, and a memory of recent slices."""
+"""From chosen frames to pixels: any contiguous slice of a sampled video, and a memory of recent frames."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -45,9 +46,10 @@ def load_frames(
 
 @dataclass
 class FrameCache:
-    """Decoded slices kept in memory up to `limit_bytes`, the least recently used leaving first.
+    """Decoded frames kept in memory up to `limit_bytes`, the least recently used leaving first.
 
-    Keyed by content, so two paths to the same video share one entry. Slices handed out are shared: not to be written.
+    Kept frame by frame and keyed by content: other samplings of a video decode only the frames they do not share, and
+    two paths to the same video share all. Frames handed out are copies.
     """
 
     limit_bytes: int
@@ -55,22 +57,36 @@ class FrameCache:
     hits: int = 0
     misses: int = 0
     used_bytes: int = 0
-    _slices: OrderedDict[tuple[object, ...], torch.Tensor] = field(default_factory=OrderedDict, repr=False)
+    _frames: OrderedDict[tuple[object, ...], torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
     def load(
         self, video: SampledVideo, size: tuple[int, int] | None, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
         """As `load_frames`."""
-        key = (video.fingerprint, video.frame_ids[start:stop], size)
-        if key in self._slices:
-            self.hits += 1
-            self._slices.move_to_end(key)
-            return self._slices[key]
-        self.misses += 1
-        frames = load_frames(video, size, start, stop, self.decoder)
-        if frames.nbytes <= self.limit_bytes:
-            self._slices[key] = frames
-            self.used_bytes += frames.nbytes
-            while self.used_bytes > self.limit_bytes:
-                self.used_bytes -= self._slices.popitem(last=False)[1].nbytes
-        return frames
+        wanted = video.frame_ids[start:stop]
+        keys = [(video.fingerprint, video.stream, size, frame) for frame in wanted]
+        missing = [(frame, key) for frame, key in zip(wanted, keys, strict=True) if key not in self._frames]
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        if len(missing) == len(keys):
+            frames = load_frames(video, size, start, stop, self.decoder)
+            self._keep(dict(zip(keys, frames, strict=True)))
+            return frames
+        found = {key: self._frames[key] for key in keys if key in self._frames}
+        if missing:
+            rest = replace(video, frame_ids=tuple(frame for frame, _ in missing), timestamps=())
+            found |= zip([key for _, key in missing], load_frames(rest, size, decoder=self.decoder), strict=True)
+        self._keep(found)
+        return torch.stack([found[key] for key in keys])
+
+    def _keep(self, frames: Mapping[tuple[object, ...], torch.Tensor]) -> None:
+        """Remember `frames` as the most recently used."""
+        for key, frame in frames.items():
+            known = self._frames.pop(key, None)
+            if known is None:
+                # A frame of a decoded batch would keep the whole batch in memory.
+                known = frame.clone()
+                self.used_bytes += known.nbytes
+            self._frames[key] = known
+        while self.used_bytes > self.limit_bytes:
+            self.used_bytes -= self._frames.popitem(last=False)[1].nbytes

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from megavila.data.synth import goal, plot, spatial, temporal
 from megavila.data.synth.encode import encode, render
 from megavila.data.synth.rows import to_row
-from megavila.data.synth.scene import CATEGORIES, GOAL, PLOT, SPATIAL, TEMPORAL, Difficulty, Scene
+from megavila.data.synth.scene import CATEGORIES, GOAL, PLOT, SPATIAL, TEMPORAL, Difficulty, Event, Scene
 
 Progress = Callable[[str, int, int], None]
 """Called with the split's name, rows that are ready, and rows in all."""
@@ -71,18 +71,23 @@ class SplitConfig:
         count: rows; categories take turns.
         difficulty: bounds of the difficulty.
         categories: a subset of the four, each at most once.
+        dark_share: share of the videos whose picture is black throughout: they teach that nothing can be seen, and
+            that an answer is then a guess.
     """
 
     name: str
     count: int
     difficulty: DifficultyRange = field(default_factory=DifficultyRange)
     categories: tuple[str, ...] = CATEGORIES
+    dark_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.name.replace("-", "").replace("_", "").isalnum():
             raise ValueError(f"split name {self.name!r} may hold only letters, digits, '-' and '_'")
         if self.count < 1:
             raise ValueError(f"split {self.name!r} has count {self.count}; it must be at least 1")
+        if not 0 <= self.dark_share <= 1:
+            raise ValueError(f"split {self.name!r} has dark_share {self.dark_share}; it must be from 0 to 1")
         unknown = [name for name in self.categories if name not in CATEGORIES]
         if unknown or not self.categories or len(set(self.categories)) < len(self.categories):
             raise ValueError(f"categories are {self.categories}; choose from {CATEGORIES}, each at most once")
@@ -157,8 +162,7 @@ def make_scene(
         if shuffle:
             order = rng.permutation(len(scene.options)).tolist()
             options = tuple(scene.options[index] for index in order)
-            values = {name: getattr(scene, name) for name in Scene.__dataclass_fields__}
-            scene = Scene(**values | {"options": options, "answer": order.index(scene.answer)})
+            scene = replace(scene, options=options, answer=order.index(scene.answer))
         if answer is None or scene.answer == answer:
             return scene
     raise ValueError(f"no {category} scene with option {answer} as its answer at {difficulty}")
@@ -172,7 +176,16 @@ def row_scene(config: WorldConfig, split: SplitConfig, index: int) -> Scene:
     letters = generator(config.seed, split.name, 1, CATEGORIES.index(category), block).permutation(3).tolist()
     rng = generator(config.seed, split.name, 0, index)
     difficulty = split.difficulty.draw(rng)
-    return make_scene(category, difficulty, rng, letters[step], config.shuffle_options)
+    scene = make_scene(category, difficulty, rng, letters[step], config.shuffle_options)
+    dark = generator(config.seed, split.name, 3, index).random() < split.dark_share
+    return darken(scene) if dark else scene
+
+
+def darken(scene: Scene) -> Scene:
+    """The same question about a black picture; the answer stays, and can only be guessed."""
+    nothing = Event(0.0, float(scene.duration), "intro", "dark", "the picture is black, nothing can be seen", {})
+    guess = f"This is a guess: {scene.options[scene.answer]}"
+    return replace(scene, events=(nothing,), summary=guess, facts={**scene.facts, "dark": True})
 
 
 def video_path(split: str, index: int) -> str:

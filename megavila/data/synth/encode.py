@@ -30,6 +30,9 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 84, fps: int = 4)
     """
     difficulty = scene.difficulty
     frames = frame_count(scene.duration, fps)
+    if scene.facts.get("dark"):
+        yield from (np.zeros((size, size, 3), np.uint8) for _ in range(frames))
+        return
     backdrop = background(size, rng)
     camera = Camera.make(size, frames, fps, difficulty.drift, difficulty.noise, rng)
     bits = difficulty.distractors

@@ -1,0 +1,189 @@
+"""The demo's stages: videos, alignment, SFT, GRPO, exams, report. A demo that was stopped goes on where it was."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megavila.config import EvalConfig, GrpoRunConfig, SftRunConfig, load_config
+from megavila.data import build_word_tokenizer, read_rows
+from megavila.data.synth import synthesize
+from megavila.data.synth.captions import write_captions
+from megavila.demo import world
+from megavila.demo.hooks import LATEST_START
+from megavila.demo.report import Findings, write_report
+from megavila.evaluation.answering import open_answerer
+from megavila.evaluation.evaluate import score_rows
+from megavila.evaluation.result import EvalResult, load_result
+from megavila.media import FrameCache
+from megavila.rl.run import run_grpo
+from megavila.sft.run import run_sft
+
+_CONFIGS = Path(__file__).parent
+FRAME_COUNTS = (4, 8, 12, 16, 24, 32)
+FRAMES_QUESTIONS = 252
+CAPTIONS_PER_VIDEO = 6
+LAST_SECOND = 64  # of the time labels that the tokenizer knows
+GIB = 2**30
+_QUICK = ("run.steps=2", "optimizer.warmup_steps=0")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One demo: everything is written under `directory`.
+
+    Attributes:
+        directory: for data, runs, scores and the report.
+        seed: of videos, weights, order and sampling.
+        settings: key=value of GRPO's config that win over the demo's own, such as rollout.engine=vllm.
+        quick: few videos and few steps: every stage is walked through in a minute or two, and nothing is learned.
+    """
+
+    directory: Path
+    seed: int = 0
+    settings: tuple[str, ...] = ()
+    quick: bool = False
+
+    def run(self) -> Path:
+        """Do what is not done yet and return the report's path."""
+        say = Console(stderr=True).print
+        self.directory.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        say(f"[bold]Megavila demo[/], seed {self.seed}: about 15 minutes on two cores. Everything is in {self.directory}/")
+        with self._timed("data"):
+            say("[bold]1/6[/] H.264 videos with questions, answers and reasoning")
+            synthesize(world.demo_world(self._data, self.seed, self.quick))
+            self._write_rows()
+        # Decoded frames are shared by the stages: each video is decoded once.
+        frames = FrameCache(2 * GIB)
+        with self._timed("sft"):
+            say("[bold]2/6[/] alignment: vision tower and decoder learn to name what a frame shows")
+            align = self._trained("align", lambda: run_sft(self._sft("align", None, "captions"), frames=frames))
+            say("[bold]3/6[/] long-CoT SFT on short videos")
+            sft = self._trained("sft", lambda: run_sft(self._sft("sft", align, "sft"), frames=frames))
+        with self._timed("grpo"):
+            say("[bold]4/6[/] GRPO on longer videos")
+            grpo = self._trained("grpo", lambda: run_grpo(self._grpo(sft), frames=frames))
+        with self._timed("eval"):
+            say("[bold]5/6[/] exams on held-out videos")
+            before, after = self._examine("sft", sft, frames), self._examine("grpo", grpo, frames, blank=True)
+        say("[bold]6/6[/] report")
+        report = self._report(before, after)
+        summary = json.loads((self.directory / "summary.json").read_text())
+        scores = summary["accuracy"]
+        say(
+            f"accuracy {100 * scores['sft']:.1f} % after SFT, {100 * scores['grpo']:.1f} % after GRPO, "
+            f"{100 * scores['grpo_blank_frames']:.1f} % with blank frames (chance {100 * scores['chance']:.1f} %); "
+            f"{(time.monotonic() - started) / 60:.1f} minutes. Report: {report}"
+        )
+        return report
+
+    @property
+    def _data(self) -> Path:
+        return self.directory / "data"
+
+    def _write_rows(self) -> None:
+        """Caption rows, the easy and hard exams cut from their splits, and a tokenizer of all words in use."""
+        captions = write_captions(
+            self._data / "sft.jsonl", self._data / "captions.jsonl", CAPTIONS_PER_VIDEO, self.seed
+        )
+        if (self._data / "tokenizer").exists():
+            return
+        texts = [" ".join(f"t{second}" for second in range(LAST_SECOND + LATEST_START))]
+        for name in ("sft", "rl", "exam", "easy"):
+            for row in _read_json_lines(self._data / f"{name}.jsonl"):
+                texts += [row["problem"], " ; ".join(event["words"] for event in row["events"]), row["conclusion"]]
+        texts += [row["problem"] + " " + row["answer"] for row in _read_json_lines(captions)]
+        build_word_tokenizer(texts, self._data / "tokenizer")
+
+    def _sft(self, stage: str, start: Path | None, rows: str) -> SftRunConfig:
+        return load_config(SftRunConfig, _CONFIGS / f"{stage}.yaml", self._common(start, rows))
+
+    def _grpo(self, start: Path) -> GrpoRunConfig:
+        return load_config(GrpoRunConfig, _CONFIGS / "grpo.yaml", [*self._common(start, "rl"), *self.settings])
+
+    def _common(self, start: Path | None, rows: str) -> list[str]:
+        model = f"model.path={start}" if start else f"model.tokenizer={self._data / 'tokenizer'}"
+        return [
+            model,
+            *(_QUICK if self.quick else ()),
+            f"run.output_dir={self.directory}",
+            f"run.seed={self.seed}",
+            f"data.train=[{self._data / rows}.jsonl]",
+        ]
+
+    def _trained(self, stage: str, train: Callable[[], Path]) -> Path:
+        """The model that a stage exports last of all; training it where that is not there."""
+        exported = self.directory / stage / "hf"
+        return exported if exported.is_dir() else train()
+
+    def _examine(self, stage: str, model: Path, frames: FrameCache, blank: bool = False) -> dict[str, EvalResult]:
+        """Results of a model by the name of the exam; those that are on disk are not made again."""
+        folder = self.directory / "eval"
+        results: dict[str, EvalResult] = {}
+        config = load_config(
+            EvalConfig,
+            _CONFIGS / "eval.yaml",
+            [f"model.path={model}", f"data.eval=[{self._data / 'exam.jsonl'}]", f"seed={self.seed}"],
+        )
+        with open_answerer(config, frames=frames) as answerer:
+            exam = answerer.rows()
+            easy = read_rows(self._data / "easy.jsonl", config.data).rows
+            papers: dict[str, Callable[[], EvalResult]] = {
+                "exam": lambda: score_rows(answerer, exam),
+                "easy": lambda: score_rows(answerer, easy),
+            }
+            if blank:
+                papers["blank"] = lambda: score_rows(answerer, exam, blank=True)
+            for count in FRAME_COUNTS:
+                papers[f"frames_{count}"] = lambda n=count: score_rows(answerer, exam[:FRAMES_QUESTIONS], num_frames=n)
+            for name, sit in papers.items():
+                stem = f"{stage}_{name}"
+                if not (folder / f"{stem}.json").exists():
+                    sit().save(folder, stem)
+                results[name] = load_result(folder, stem)
+        return results
+
+    def _report(self, before: dict[str, EvalResult], after: dict[str, EvalResult]) -> Path:
+        config = load_config(GrpoRunConfig, self.directory / "grpo" / "config.yaml")
+        exam, reward = read_rows(self._data / "exam.jsonl", config.data), config.reward
+        findings = Findings(
+            seed=self.seed,
+            sft=before["exam"],
+            grpo=after["exam"],
+            blank=after["blank"],
+            sft_easy=before["easy"],
+            grpo_easy=after["easy"],
+            sft_frames={n: before[f"frames_{n}"] for n in FRAME_COUNTS},
+            grpo_frames={n: after[f"frames_{n}"] for n in FRAME_COUNTS},
+            seconds={stage: self._seconds()[stage] for stage in ("data", "sft", "grpo", "eval")},
+            taught=world.TAUGHT,
+            examined=world.EXAMINED,
+        )
+        weights = {"accuracy": reward.accuracy_weight, "format": reward.format_weight}
+        return write_report(self.directory, findings, self.directory / "grpo" / "metrics.jsonl", exam.rows, weights)
+
+    def _seconds(self) -> dict[str, float]:
+        path = self.directory / "seconds.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Add the stage's wall time to `seconds.json`, whether it ends or is stopped: a resumed demo counts all its time."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self._seconds()
+            seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
+            (self.directory / "seconds.json").write_text(json.dumps(seconds) + "\n")
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -1,0 +1,36 @@
+"""The videos of the demo: short ones to be taught on, longer ones to be trained and examined on."""
+
+from pathlib import Path
+
+from megavila.data.synth import DifficultyRange, SplitConfig, WorldConfig
+
+SHORT = DifficultyRange(events=(1, 4), decoys=(0, 1), slack_seconds=(0, 6))
+LONG = DifficultyRange(events=(4, 7), decoys=(0, 1))
+EXAM = DifficultyRange(events=(5, 7), decoys=(0, 1))
+
+COUNTS = {"sft": 3000, "rl": 2000, "exam": 1008, "easy": 252}
+
+DARK_SHARE = 0.03
+
+TAUGHT = "short videos with 1 to 4 events that matter"
+EXAMINED = "videos with 5 to 7 events, all longer than any that SFT saw"
+
+
+def demo_world(directory: Path, seed: int, quick: bool = False) -> WorldConfig:
+    """Splits `sft`, `rl`, `exam` and `easy` (new videos like those of `sft`); no two share a video.
+
+    quick: a few videos each, enough to walk through every stage.
+    """
+    counts = {"sft": 24, "rl": 12, "exam": 12, "easy": 12} if quick else COUNTS
+    return WorldConfig(
+        out_dir=directory,
+        splits=(
+            SplitConfig("sft", counts["sft"], SHORT, dark_share=DARK_SHARE),
+            SplitConfig("rl", counts["rl"], LONG),
+            SplitConfig("exam", counts["exam"], EXAM),
+            SplitConfig("easy", counts["easy"], SHORT),
+        ),
+        seed=seed,
+        fps=2,
+        crf=32,
+    )
