@@ -1,6 +1,7 @@
 """Every rollout of a step, in a file one can read."""
 
 import json
+from typing import Any
 
 from megavila.rl.groups import ScoredGroup
 from megavila.runtime.collectives import gather_objects
@@ -14,7 +15,7 @@ def dump_rollouts(session: Session, step: int, groups: list[ScoredGroup]) -> Non
 
     Called by all ranks; the main rank writes.
     """
-    records = [
+    records: list[Any] = [
         record
         for part in gather_objects([g.record() for g in groups], session.topology.data_group)
         for record in part

@@ -4,8 +4,9 @@ For each question q the policy samples a group of G responses o_1 … o_G; rule-
 accuracy) are normalised within the group to advantages A_i (equation 2); the policy then maximises, over G
 and over questions,
 
-    min(ratio_i · A_i, clip(ratio_i, 1 - eps, 1 + eps) · A_i) - beta · KL(policy || reference)      (equation
-    1)
+    min(ratio_i · A_i, clip(ratio_i, 1 - eps, 1 + eps) · A_i) - beta · KL(policy || reference)
+
+(equation 1).
 
 Each video is encoded once for all of this, and each prompt stands once before its G responses.
 """
@@ -39,7 +40,7 @@ class GrpoTrainer:
     """One rollout batch, and the updates from it, a step."""
 
     label = "GRPO"
-    headline = ("reward/mean", "reward/accuracy", "grpo/loss")
+    headline: tuple[str, ...] = ("reward/mean", "reward/accuracy", "grpo/loss")
 
     def __init__(self, session: Session, engine: RolloutEngine, scorer: Scorer) -> None:
         config = session.config

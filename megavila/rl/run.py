@@ -29,8 +29,8 @@ def run_grpo(
     budget, response = config.grpo.max_tokens_per_microbatch, config.rollout.max_response_tokens
     if budget <= response:
         raise MegavilaError(
-            f"grpo.max_tokens_per_microbatch is {budget}, which leaves no room for a prompt beside a response of "
-            f"rollout.max_response_tokens {response}; raise the first or lower the second"
+            f"grpo.max_tokens_per_microbatch is {budget}, which leaves no room for a prompt beside a "
+            f"response of rollout.max_response_tokens {response}; raise the first or lower the second"
         )
     if config.rollout.engine != "megatron":
         raise MegavilaError(

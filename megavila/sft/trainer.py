@@ -31,7 +31,7 @@ class SftTrainer:
     """
 
     label = "SFT"
-    headline = ("sft/loss", "optimizer/grad_norm")
+    headline: tuple[str, ...] = ("sft/loss", "optimizer/grad_norm")
     reference = ""
 
     def __init__(self, session: Session, rewrite: ReasoningHook | None = None) -> None:

@@ -27,13 +27,13 @@ def parse_config(cls: type[C], description: str, arguments: Sequence[str]) -> C:
     """
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="Every key of the config can be set as key=value, such as optimizer.lr=1e-5; these win over the file.",
+        epilog="Every key of the config can be set as key=value, such as optimizer.lr=1e-5, over the file.",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the settings of the run")
     parser.add_argument(
         "--resume",
         metavar="auto|never|PATH",
-        help="go on from the latest checkpoint if there is one (auto), start anew (never), or go on from PATH",
+        help="auto: go on from the latest checkpoint if there is one; never: start anew; or go on from PATH",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings")
     parsed = parser.parse_intermixed_args(list(arguments))

@@ -82,8 +82,8 @@ def _resume(session: Session, trainer: Trainer) -> TrainState:
         existing = checkpoints.latest()
         if existing is not None:
             raise ResumeError(
-                f"run.resume is never, but the run has a checkpoint already ({existing}); choose another run.name, delete "
-                f"{checkpoints.directory} or use run.resume=auto"
+                f"run.resume is never, but the run has a checkpoint already ({existing}); choose another "
+                f"run.name, delete {checkpoints.directory} or use run.resume=auto"
             )
         found = None
     else:
@@ -95,8 +95,8 @@ def _resume(session: Session, trainer: Trainer) -> TrainState:
     state = training_state.restore(found, session.model, session.optimizer, session.prompts)
     if state.reference != trainer.reference:
         raise ResumeError(
-            f"the reference model has changed since {found.path} was written: start from the same model.path and "
-            "checkpoint.init_from, and the same model.train_* and grpo.kl_beta, as the run did"
+            f"the reference model has changed since {found.path} was written: start from the same model.path "
+            "and checkpoint.init_from, and the same model.train_* and grpo.kl_beta, as the run did"
         )
     session.metrics.rewind(state.step)
     logger.info("going on from %s", found.path)
@@ -105,7 +105,7 @@ def _resume(session: Session, trainer: Trainer) -> TrainState:
 
 
 def _record(session: Session, state: TrainState, metrics: dict[str, float]) -> None:
-    """Write the step's metrics, with counters, times and memory, and stop where a loss is no number."""
+    """Write the step's metrics, with counters, times and memory."""
     metrics["train/updates"] = state.updates
     metrics["train/rows"] = state.rows
     metrics["data/skipped_rows"] = session.skipped_rows

@@ -1,4 +1,4 @@
-"""Videos of prompts as rows of the language model, each encoded as seldom as the training of the tower allows."""
+"""Videos of prompts as rows of the language model, encoded as seldom as training the tower allows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ _GIB = 2**30
 
 
 class MediaEncoder:
-    """Media rows of prompts: from the embedding store for rollouts, with gradient where tower or projector train."""
+    """Media rows of prompts: kept for rollouts, with gradient where tower or projector train."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class MediaEncoder:
         return self._each(prompts, lambda some: self._encode(some, grad=False))
 
     def decode(self, prompts: Sequence[Prompt]) -> list[Tensor | None | MediaError]:
-        """Decode frames that a pass with gradient will encode; return None, or the MediaError, for each prompt.
+        """Decode frames that a pass with gradient will encode; return None or a MediaError for each prompt.
 
         For training without rollouts: with it a damaged video is met before the step, and no frame is
         encoded only to be encoded again with gradient.

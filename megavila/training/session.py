@@ -84,9 +84,7 @@ def _build(
     check_split(model_config, config.parallel)
     files = [read_rows(path, config.data) for path in config.data.train]
     rows = [row for file in files for row in file.rows]
-    sampler = GroupSampler(rows, derive_seed(config.run.seed, "rows"))
-    if config.data.transform is not None:
-        sampler = TransformedSampler(sampler, load_function(config.data.transform), config.run.seed)
+    sampler = make_sampler(config, rows)
     builder = make_prompt_builder(config, model_config, tokenizer, max_prompt_tokens)
     model = build_model(model_config, topology, platform, seed=config.run.seed)
     if config.checkpoint.init_from is not None:
@@ -120,7 +118,7 @@ def _build(
 
 
 def tokenizer_path(config: ModelConfig) -> Path:
-    """Return where the model's tokenizer lies: `model.tokenizer`, or in the checkpoint (VILA: in its ``llm``)."""
+    """Return where the tokenizer lies: `model.tokenizer`, or in the checkpoint (VILA: in its ``llm``)."""
     if config.tokenizer is not None:
         return Path(config.tokenizer)
     if config.path is None:
@@ -141,10 +139,18 @@ def with_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
         return replace(config, language=replace(config.language, vocab_size=tokenizer.vocab_size))
     if size < tokenizer.vocab_size:
         raise MegavilaError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.language.vocab_size is {size}; raise it to at "
-            "least the first, or leave it out"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.language.vocab_size is {size}; "
+            "raise it to at least the first, or leave it out"
         )
     return config
+
+
+def make_sampler(config: TrainingRoot, rows: Sequence[Row]) -> GroupSampler:
+    """Return what draws the rows, changed by `data.transform` where one is named."""
+    seed = derive_seed(config.run.seed, "rows")
+    if config.data.transform is None:
+        return GroupSampler(rows, seed)
+    return TransformedSampler(rows, seed, load_function(config.data.transform))
 
 
 def make_prompt_builder(

@@ -43,5 +43,5 @@ class StopRequest:
         self._previous = {}
 
     def asked(self) -> int:
-        """Return the number of the signal that any rank received, 0 if none did. Called by all ranks together."""
+        """Return the signal that any rank received, 0 if none did. Called by all ranks together."""
         return max(gather_objects(self._received, self._topology.world_group))

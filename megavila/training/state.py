@@ -40,14 +40,15 @@ def load_model_state(model: nn.Module, saved: dict[str, Tensor], source: str) ->
     missing, unknown = sorted(own.keys() - saved.keys()), sorted(saved.keys() - own.keys())
     if missing or unknown:
         raise ResumeError(
-            f"{source} holds another model: {len(missing)} weights are missing (first: {missing[:1]}) and {len(unknown)} "
-            f"are unknown (first: {unknown[:1]}); use the model section the checkpoint was trained with"
+            f"{source} holds another model: {len(missing)} weights are missing (first: {missing[:1]}) and "
+            f"{len(unknown)} are unknown (first: {unknown[:1]}); use the model section the checkpoint was "
+            "trained with"
         )
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape:
             raise ResumeError(
-                f"{source}: {name} has shape {tuple(saved[name].shape)}, this model needs {tuple(tensor.shape)}; "
-                "use the model section the checkpoint was trained with"
+                f"{source}: {name} has shape {tuple(saved[name].shape)}, this model needs "
+                f"{tuple(tensor.shape)}; use the model section the checkpoint was trained with"
             )
         tensor.copy_(saved[name])
 

@@ -23,7 +23,7 @@ def hf_language_model(session: Session, directory: Any) -> Qwen2ForCausalLM:
 
 
 def hf_logits(hf: Qwen2ForCausalLM, prompt: Prompt, media_rows: Tensor | None, response: Tensor) -> Tensor:
-    """(R, vocab) logits of one sequence: prompt with its media, then the response, nothing shared or packed."""
+    """(R, vocab) logits of one sequence: prompt with its media, then the response; nothing is shared."""
     ids = torch.cat([prompt.token_ids, response])
     embeddings = hf.get_input_embeddings()(ids)
     if media_rows is not None:

@@ -1,4 +1,4 @@
-"""A user's mistakes: exit code 2 and one message that names the thing, or skipped and counted where that is allowed."""
+"""A user's mistakes: exit code 2 and one message, or skipped and counted where that is allowed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A world small enough for whole training runs in a test: seconds of video, two colours, a model of 20k weights."""
+"""A world small enough for whole training runs in a test: seconds of video, a model of 20k weights."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def write_world(directory: Path, rows: int = 6) -> Path:
 
 
 def settings(world: Path, name: str, /, **sections: dict[str, Any]) -> dict[str, Any]:
-    """The config of a run called `name` as nested dictionaries; `sections` are merged in, section by section."""
+    """The config of a run called `name` as nested dictionaries, with `sections` merged in."""
     merged: dict[str, Any] = {
         "run": {"name": name, "output_dir": str(world / "runs"), "steps": 3, "seed": 5, "device": "cpu"},
         "model": {

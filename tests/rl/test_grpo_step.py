@@ -1,4 +1,4 @@
-"""One step of the GRPO trainer against the paper's equations written out on transformers, sequence by sequence."""
+"""One step of the GRPO trainer against the paper's equations, written out on transformers."""
 
 import pytest
 import torch

@@ -1,6 +1,5 @@
 from dataclasses import replace
 
-from megavila.data.dataset import GroupSampler
 from megavila.data.row import Row
 from megavila.training.augment import TransformedSampler
 
@@ -11,7 +10,7 @@ def mark(row, seed):
 
 def sampler():
     rows = [Row(problem_id=f"r{i}", problem="?", answer="a") for i in range(5)]
-    return TransformedSampler(GroupSampler(rows, 3), mark, 8)
+    return TransformedSampler(rows, 3, mark)
 
 
 def test_seed_is_of_run_epoch_and_row():
