@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -95,10 +94,9 @@ class LanguageModel(nn.Module):
 
         Padding rows make the vocabulary divisible and lie at its end, so the last rank may have fewer rows.
         """
-        if self.config.tie_word_embeddings:
-            weight = self.gpt.embedding.word_embeddings.weight
-        else:
-            weight = self.gpt.output_layer.weight
+        tied = self.config.tie_word_embeddings
+        weight = self.gpt.embedding.word_embeddings.weight if tied else self.gpt.output_layer.weight
+        assert weight is not None
         valid = self.vocab_size - self.topology.tensor_rank * weight.shape[0]
         return weight if valid >= weight.shape[0] else weight[:valid]
 
@@ -202,7 +200,6 @@ def _block_submodules(config: LanguageConfig) -> TransformerBlockSubmodules:
                     **qk_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
@@ -210,7 +207,9 @@ def _block_submodules(config: LanguageConfig) -> TransformerBlockSubmodules:
                     linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGlu
                 ),
             ),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * config.num_layers,
+        layer_norm=RMSNorm,  # type: ignore[arg-type]
+    )
