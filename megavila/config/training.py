@@ -116,10 +116,6 @@ class MrspConfig(Section):
         "shared_prefix",
         "One prompt followed by its G responses, or the prompt repeated for each (the baseline).",
     )
-    encode: Literal["sharded", "replicated"] = knob(
-        "sharded",
-        "Each rank of a model replica encodes its own slice of the frames, or all of them (the baseline).",
-    )
     reuse: Literal["step", "rollout", "none"] = knob(
         "step",
         "Embeddings of a video are kept for the whole step, for the rollout only, or never (the baseline).",

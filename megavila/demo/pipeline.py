@@ -1,8 +1,10 @@
 """The demo's stages: videos, alignment, SFT, GRPO, exams, report. A demo that was stopped goes on where it was."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,8 @@ from megavila.demo.report import Findings, write_report
 from megavila.evaluation.answering import open_answerer
 from megavila.evaluation.evaluate import score_rows
 from megavila.evaluation.result import EvalResult, load_result
-from megavila.media import FrameCache
+from megavila.media import FrameCache, sample_video
+from megavila.runtime.progress import track
 from megavila.rl.run import run_grpo
 from megavila.sft.run import run_sft
 
@@ -59,8 +62,9 @@ class Demo:
             say("[bold]1/6[/] H.264 videos with questions, answers and reasoning")
             synthesize(world.demo_world(self._data, self.seed, self.quick))
             self._write_rows()
-        # Decoded frames are shared by the stages: each video is decoded once.
         frames = FrameCache(2 * GIB)
+        with self._timed("data"):
+            self._decode(frames)
         with self._timed("sft"):
             say("[bold]2/6[/] alignment: vision tower and decoder learn to name what a frame shows")
             align = self._trained("align", lambda: run_sft(self._sft("align", None, "captions"), frames=frames))
@@ -100,6 +104,21 @@ class Demo:
                 texts += [row["problem"], " ; ".join(event["words"] for event in row["events"]), row["conclusion"]]
         texts += [row["problem"] + " " + row["answer"] for row in _read_json_lines(captions)]
         build_word_tokenizer(texts, self._data / "tokenizer")
+
+    def _decode(self, frames: FrameCache) -> None:
+        """Decode every video once, in threads, at the rate and size that all stages share."""
+        config = self._sft("align", None, "sft")
+        assert config.model.vision is not None
+        side, data = config.model.vision.image_size, config.data
+        files = [read_rows(self._data / f"{name}.jsonl", data) for name in ("sft", "rl", "exam", "easy")]
+        paths = [row.videos[0] for file in files for row in file.rows]
+        workers = len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(workers) as pool:
+            videos = list(
+                pool.map(lambda path: sample_video(path, fps=data.fps, max_frames=data.max_frames), paths)
+            )
+        for _ in track(frames.warm(videos, (side, side), workers), "decoding", total=len(videos)):
+            pass
 
     def _sft(self, stage: str, start: Path | None, rows: str) -> SftRunConfig:
         return load_config(SftRunConfig, _CONFIGS / f"{stage}.yaml", self._common(start, rows))

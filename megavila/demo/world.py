@@ -8,7 +8,7 @@ SHORT = DifficultyRange(events=(1, 4), decoys=(0, 1), slack_seconds=(0, 6))
 LONG = DifficultyRange(events=(4, 7), decoys=(0, 1))
 EXAM = DifficultyRange(events=(5, 7), decoys=(0, 1))
 
-COUNTS = {"sft": 3000, "rl": 2000, "exam": 1008, "easy": 252}
+COUNTS = {"sft": 2400, "rl": 1400, "exam": 1008, "easy": 252}
 
 DARK_SHARE = 0.03
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megavila.config import EvalConfig, check_split
+from megavila.config import EvalConfig, check_runnable, check_split
 from megavila.data import Prompt, PromptBuilder, PromptTemplate, Row, Tokenizer, load_tokenizer, read_rows
 from megavila.media import FrameCache, MediaError, get_decoder
 from megavila.models import VisionLanguageModel, build_model, resolve_config, tokens_per_frame
@@ -130,6 +130,7 @@ def open_answerer(config: EvalConfig, *, frames: FrameCache | None = None) -> It
     """
     if config.engine != "megatron":
         raise MegavilaError(f"engine {config.engine} cannot answer yet; use engine=megatron")
+    check_runnable(config.parallel)
     platform = get_platform(config.device)
     topology = initialize(config.parallel, platform)
     try:

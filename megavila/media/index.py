@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import av.error
 import numpy as np
@@ -23,6 +25,9 @@ _log = get_logger(__name__)
 
 # Containers that number frames before writing them; a demultiplexed count below this share of it is a cut file.
 _COMPLETE_SHARE = 0.99
+
+_Key = tuple[str, int, int, int | None]
+"""Path, size, modification time and stream."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +81,12 @@ class VideoIndex:
         """True when the container declares clearly more frames than its data holds."""
         return self.timed and self.num_frames < _COMPLETE_SHARE * self.declared_frames
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays, and roughly of what is derived from them."""
+        arrays = (self.pts, self.positions, self.corrupt, self.random_access, self.packet_pts, self.packet_dts)
+        return 4096 + 4 * sum(array.nbytes for array in arrays)
+
     @cached_property
     def position_of_pts(self) -> dict[int, int]:
         """Decode position of the packet with a given time; of use in timed files only."""
@@ -95,12 +106,42 @@ def probe(path: str | os.PathLike[str], stream: int | None = None) -> VideoIndex
         raise MediaError(
             name, "no such file" if isinstance(error, FileNotFoundError) else str(error)
         ) from error
-    return _probe(name, stat.st_size, stat.st_mtime_ns, stream)
+    key = (name, stat.st_size, stat.st_mtime_ns, stream)  # a rewritten file is read again
+    index = _remembered.get(key)
+    if index is None:
+        index = _probe(name, stream)
+        _remembered.put(key, index)
+    return index
 
 
-@lru_cache(maxsize=512)
-def _probe(path: str, size: int, mtime_ns: int, stream: int | None) -> VideoIndex:
-    del size, mtime_ns  # part of the cache's key: a rewritten file is read again
+class _Remembered:
+    """Indexes by file, the least recently used leaving first. An hour's index takes 3 MB, a short clip's next to none."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._used = 0
+        self._indexes: OrderedDict[_Key, VideoIndex] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: _Key) -> VideoIndex | None:
+        with self._lock:
+            if key in self._indexes:
+                self._indexes.move_to_end(key)
+            return self._indexes.get(key)
+
+    def put(self, key: _Key, index: VideoIndex) -> None:
+        with self._lock:
+            if key not in self._indexes:
+                self._indexes[key] = index
+                self._used += index.nbytes
+            while self._used > self._limit:
+                self._used -= self._indexes.popitem(last=False)[1].nbytes
+
+
+_remembered = _Remembered(256 * 2**20)
+
+
+def _probe(path: str, stream: int | None) -> VideoIndex:
     with open_video(path, stream) as (container, video):
         with media_errors(path):
             packets = list(_packets(container, video))

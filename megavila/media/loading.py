@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -57,7 +59,7 @@ class FrameCache:
     hits: int = 0
     misses: int = 0
     used_bytes: int = 0
-    _frames: OrderedDict[tuple[object, ...], torch.Tensor] = field(default_factory=OrderedDict, repr=False)
+    _frames: OrderedDict[tuple[Any, ...], torch.Tensor] = field(default_factory=OrderedDict, repr=False)
 
     def load(
         self, video: SampledVideo, size: tuple[int, int] | None, start: int = 0, stop: int | None = None
@@ -79,7 +81,19 @@ class FrameCache:
         self._keep(found)
         return torch.stack([found[key] for key in keys])
 
-    def _keep(self, frames: Mapping[tuple[object, ...], torch.Tensor]) -> None:
+    def warm(
+        self, videos: Sequence[SampledVideo], size: tuple[int, int] | None, workers: int
+    ) -> Iterator[SampledVideo]:
+        """Decode videos that are not here yet, in `workers` threads; yields each of `videos` once it is kept."""
+        with ThreadPoolExecutor(workers) as pool:
+            decoded = pool.map(lambda video: load_frames(video, size, decoder=self.decoder), videos)
+            for video, frames in zip(videos, decoded, strict=True):
+                self.misses += len(frames)
+                keys = [(video.fingerprint, video.stream, size, frame) for frame in video.frame_ids]
+                self._keep(dict(zip(keys, frames, strict=True)))
+                yield video
+
+    def _keep(self, frames: Mapping[tuple[Any, ...], torch.Tensor]) -> None:
         """Remember `frames` as the most recently used."""
         for key, frame in frames.items():
             known = self._frames.pop(key, None)
