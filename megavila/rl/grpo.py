@@ -35,6 +35,9 @@ from megavila.training.session import Session
 from megavila.training.tally import Tally, sum_over_data
 from megavila.training.update import apply_update, skip_update
 
+LogProbs = dict[tuple[int, int], Tensor]
+"""(index of a group, number of its response) -> log-probs of its tokens, (R,)."""
+
 
 class GrpoTrainer:
     """One rollout batch, and the updates from it, a step."""
@@ -64,8 +67,6 @@ class GrpoTrainer:
             stop=config.rollout.stop,
             group_size=config.rollout.group_size,
         )
-        # The policy that sampled is the policy that is updated only in the first of a batch's updates.
-        self.on_policy = config.grpo.updates_per_batch * config.grpo.epochs_per_batch == 1
         self.reference_model = ReferenceWeights(session.model) if config.grpo.kl_beta > 0 else None
         self.reference = self.reference_model.fingerprint(session.topology) if self.reference_model else ""
 
@@ -79,10 +80,12 @@ class GrpoTrainer:
         describe_groups(groups, tally)
         if config.drop_zero_variance:
             groups = [group for group in groups if group.informative]
-        old = None if self.on_policy else self.old_logprobs(groups, tally)
+        parts = split_updates(groups, config.prompts_per_step, config.updates_per_batch)
+        # The first update still has the policy that sampled: its own pass gives its groups' old log-probs.
+        old = self.old_logprobs([group for part in parts[1:] for group in part], tally)
         reference = self.reference_logprobs(groups, tally)
         for _ in range(config.epochs_per_batch):
-            for part in split_updates(groups, config.prompts_per_step, config.updates_per_batch):
+            for part in parts:
                 self.update(part, old, reference, tally)
         with self.session.timers("time/weight_transfer"):
             self.engine.update_weights()
@@ -106,6 +109,9 @@ class GrpoTrainer:
             ]
             texts = [response.text for group in sampled for response in group]
             scores = together(lambda: self.scorer.score(rows, texts), self.session.topology)
+        # With a shared prefill the engine reads each prompt once and then each sampled token.
+        tally.total("tokens/llm_forward", sum(len(example.prompt.token_ids) for example in examples))
+        tally.total("tokens/llm_forward", sum(len(r.token_ids) for group in sampled for r in group))
         groups = []
         size = self.sampling.group_size
         for place, (example, responses) in enumerate(zip(examples, sampled, strict=True)):
@@ -127,18 +133,16 @@ class GrpoTrainer:
             )
         return groups
 
-    def old_logprobs(self, groups: Sequence[ScoredGroup], tally: Tally) -> dict[int, list[Tensor]]:
+    def old_logprobs(self, groups: Sequence[ScoredGroup], tally: Tally) -> LogProbs:
         """Log-probs under the policy that sampled, as the trainer computes them, before it changes."""
         with self.session.timers("time/old_logprob"):
             old = self._logprobs(groups, tally)
         for group in groups:
-            for response, logprobs in zip(group.responses, old[group.index], strict=True):
-                compare_with_engine(response.logprobs, logprobs, tally)
+            for number, response in enumerate(group.responses):
+                compare_with_engine(response.logprobs, old[group.index, number], tally)
         return old
 
-    def reference_logprobs(
-        self, groups: Sequence[ScoredGroup], tally: Tally
-    ) -> dict[int, list[Tensor]] | None:
+    def reference_logprobs(self, groups: Sequence[ScoredGroup], tally: Tally) -> LogProbs | None:
         """Log-probs under the reference model, None where it has no say."""
         if self.reference_model is None:
             return None
@@ -146,25 +150,23 @@ class GrpoTrainer:
             return self._logprobs(groups, tally)
 
     @torch.no_grad()
-    def _logprobs(self, groups: Sequence[ScoredGroup], tally: Tally) -> dict[int, list[Tensor]]:
-        """Log-probs of every response, by the index of its group."""
-        found: dict[int, list[Tensor]] = {group.index: [] for group in groups}
+    def _logprobs(self, groups: Sequence[ScoredGroup], tally: Tally) -> LogProbs:
+        found: LogProbs = {}
         for batch in self._micro_batches(groups):
             layout, media_rows = self._lay_out(groups, batch, tally)
             logprobs = response_logprobs(
                 self.session.model, layout, media_rows, temperature=self.sampling.temperature
             )
-            pieces = iter(logprobs.split(layout.response_lengths.tolist()))
-            for piece in batch:
-                for _ in piece.group.responses:
-                    found[groups[piece.owner].index].append(next(pieces))
+            found |= zip(
+                _responses(groups, batch), logprobs.split(layout.response_lengths.tolist()), strict=True
+            )
         return found
 
     def update(
         self,
         groups: Sequence[ScoredGroup],
-        old: dict[int, list[Tensor]] | None,
-        reference: dict[int, list[Tensor]] | None,
+        old: LogProbs,
+        reference: LogProbs | None,
         tally: Tally,
     ) -> None:
         """One step of the optimizer along the gradient of equation 1 over ``groups`` of all ranks."""
@@ -186,8 +188,8 @@ class GrpoTrainer:
         groups: Sequence[ScoredGroup],
         batch: Sequence[Piece],
         size: StepSize,
-        old: dict[int, list[Tensor]] | None,
-        reference: dict[int, list[Tensor]] | None,
+        old: LogProbs,
+        reference: LogProbs | None,
         tally: Tally,
     ) -> None:
         """Add the gradient of one micro-batch."""
@@ -195,27 +197,27 @@ class GrpoTrainer:
         logprobs, entropy = response_logprobs_and_entropy(
             self.session.model, layout, media_rows, temperature=self.sampling.temperature
         )
-        owners = [(groups[piece.owner], slice(piece.first, piece.stop)) for piece in batch]
-        advantages = torch.cat([group.advantages[part] for group, part in owners]).to(logprobs.device)
-        weights = token_weights(
-            layout.response_of_target, layout.response_lengths, size, self.options.aggregation
-        )
+        responses, lengths = _responses(groups, batch), layout.response_lengths
+        owners = [groups[piece.owner] for piece in batch]
+        cuts = [slice(piece.first, piece.stop) for piece in batch]
+        advantages = torch.cat([group.advantages[cut] for group, cut in zip(owners, cuts, strict=True)])
+        on_policy = responses[0] not in old  # so for the whole micro-batch
         loss, stats = policy_loss(
             logprobs,
-            None if old is None else torch.cat([t for g, part in owners for t in old[g.index][part]]),
-            advantages[layout.response_of_target],
-            weights,
+            None if on_policy else torch.cat([old[response] for response in responses]),
+            advantages.to(logprobs.device)[layout.response_of_target],
+            token_weights(layout.response_of_target, lengths, size, self.options.aggregation),
             self.options,
-            ref_logprobs=None
-            if reference is None
-            else torch.cat([t for g, part in owners for t in reference[g.index][part]]),
+            ref_logprobs=None if reference is None else torch.cat([reference[r] for r in responses]),
             entropy=entropy,
         )
         loss.backward()
         describe_update(stats, tally)
-        if old is None:
-            engine = torch.cat([response.logprobs for g, part in owners for response in g.responses[part]])
-            compare_with_engine(engine, logprobs.detach(), tally)
+        if on_policy:
+            old |= zip(responses, logprobs.detach().split(lengths.tolist()), strict=True)
+            for group, cut in zip(owners, cuts, strict=True):
+                for number in range(len(group.responses))[cut]:
+                    compare_with_engine(group.responses[number].logprobs, old[group.index, number], tally)
 
     def _micro_batches(self, groups: Sequence[ScoredGroup]) -> list[list[Piece]]:
         budget, kind = self.config.grpo.max_tokens_per_microbatch, self.config.mrsp.layout
@@ -231,3 +233,10 @@ class GrpoTrainer:
             [group.prompt for group in owners], [group.media_rows for group in owners], grad=grad
         )
         return layout.to(self.session.platform.device), media_rows
+
+
+def _responses(groups: Sequence[ScoredGroup], batch: Sequence[Piece]) -> list[tuple[int, int]]:
+    """Names of the responses of a micro-batch, in the order of its layout."""
+    return [
+        (groups[piece.owner].index, number) for piece in batch for number in range(piece.first, piece.stop)
+    ]
