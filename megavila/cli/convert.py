@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from megavila.config import GrpoRunConfig, ModelConfig, ParallelConfig, load_config
+from megavila.config import ModelConfig, ParallelConfig
 from megavila.config.load import build, read_yaml
 from megavila.data import load_tokenizer
 from megavila.models import build_model, resolve_config, save_hf
@@ -15,9 +15,15 @@ from megavila.training.session import load_initial_weights, tokenizer_path, with
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoint, such as runs/<name>/checkpoints/step_00000100.")],
-    out: Annotated[Path, typer.Option(help="Directory to write: config, safetensors and tokenizer, in VILA's layout.")],
-    config: Annotated[Path | None, typer.Option(help="The run's config.yaml; default: the one beside its checkpoints.")] = None,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's checkpoint, such as runs/<name>/checkpoints/step_00000100.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Directory to write: config, safetensors and tokenizer, in VILA's layout.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option(help="The run's config.yaml; default: the one beside its checkpoints.")
+    ] = None,
 ) -> None:
     """Write a checkpoint's weights under Hugging Face names.
 

@@ -13,7 +13,9 @@ from megavila.data import read_rows
 from megavila.data.synth import DifficultyRange, SplitConfig, WorldConfig, synthesize
 from megavila.media import MediaError, probe
 
-app = typer.Typer(help="Make a world of videos with checkable questions, and check files of rows.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make a world of videos with checkable questions, and check files of rows.", no_args_is_help=True
+)
 
 
 def _span(text: str) -> tuple[int, int]:
@@ -27,19 +29,27 @@ def _span(text: str) -> tuple[int, int]:
 @app.command("synth")
 def synth(
     out: Annotated[Path, typer.Option(help="Directory for <split>.jsonl and videos/<split>/*.mp4.")],
-    split: Annotated[str, typer.Option(help="Name of the split; different names never share a video.")] = "train",
+    split: Annotated[
+        str, typer.Option(help="Name of the split; different names never share a video.")
+    ] = "train",
     count: Annotated[int, typer.Option(help="Rows, one video each; the four categories take turns.")] = 100,
-    events: Annotated[str, typer.Option(help="Swaps, flashes, turns or thefts in a video, such as 2-4.")] = "2-4",
+    events: Annotated[
+        str, typer.Option(help="Swaps, flashes, turns or thefts in a video, such as 2-4.")
+    ] = "2-4",
     decoys: Annotated[str, typer.Option(help="Happenings that change nothing.")] = "0-1",
     distractors: Annotated[str, typer.Option(help="Coloured bits drifting through the picture.")] = "0-2",
     event_seconds: Annotated[float, typer.Option(help="How long one event is visible.")] = 3.0,
-    slack_seconds: Annotated[float, typer.Option(help="Most idle time added: longer videos, same story.")] = 0.0,
+    slack_seconds: Annotated[
+        float, typer.Option(help="Most idle time added: longer videos, same story.")
+    ] = 0.0,
     drift: Annotated[float, typer.Option(help="Camera drift in pixels.")] = 2.0,
     noise: Annotated[float, typer.Option(help="Sensor noise in grey levels.")] = 8.0,
     size: Annotated[int, typer.Option(help="Side of the square pictures in pixels.")] = 84,
     fps: Annotated[int, typer.Option(help="Frames per second.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
-    shuffle_options: Annotated[bool, typer.Option(help="Draw the order of the options anew for every row.")] = False,
+    shuffle_options: Annotated[
+        bool, typer.Option(help="Draw the order of the options anew for every row.")
+    ] = False,
     workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
 ) -> None:
     """Render H.264 videos with questions, answers and truthful reasoning, in the paper's four categories."""
@@ -69,7 +79,8 @@ def synth(
 def check(
     files: Annotated[list[Path], typer.Argument(help="JSON Lines or parquet files of rows.")],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the data section, such as prompt_key=question.")
+        list[str] | None,
+        typer.Option("--set", help="key=value of the data section, such as prompt_key=question."),
     ] = None,
 ) -> None:
     """Read every row and the index of every video, and report what cannot be used, by file and line."""
@@ -89,7 +100,12 @@ def check(
                 print(error)
         bad += rows.skipped + unreadable
         table.add_row(
-            str(path), str(len(rows.rows)), str(rows.skipped), str(len(videos)), str(unreadable), f"{seconds:.0f}"
+            str(path),
+            str(len(rows.rows)),
+            str(rows.skipped),
+            str(len(videos)),
+            str(unreadable),
+            f"{seconds:.0f}",
         )
     Console().print(table)
     if bad:

@@ -14,7 +14,9 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for everything the demo makes.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of videos, weights and sampling.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Walk through every stage in a minute or two, learning nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Walk through every stage in a minute or two, learning nothing.")
+    ] = False,
 ) -> None:
     """Train a small model to reason over videos, end to end: videos, SFT, GRPO, exams and a report.
 

@@ -34,13 +34,17 @@ def evaluate_command(
 
 def _print(frames: int | None, result: EvalResult) -> None:
     letter, share = result.always_one_letter
-    table = Table("category", "questions", "accuracy (%)", title=None if frames is None else f"{frames} frames")
+    table = Table(
+        "category", "questions", "accuracy (%)", title=None if frames is None else f"{frames} frames"
+    )
     counts = result.counts_by_category()
     for name, value in result.by_category().items():
         table.add_row(name or "(none)", str(counts[name]), f"{100 * value:.1f}")
     table.add_section()
     table.add_row(
-        "all", str(len(result.predictions)), f"{100 * result.accuracy:.1f} ± {100 * result.standard_error:.1f}"
+        "all",
+        str(len(result.predictions)),
+        f"{100 * result.accuracy:.1f} ± {100 * result.standard_error:.1f}",
     )
     table.add_row("well-formed", "", f"{100 * result.format_rate:.1f}")
     table.add_row("chance", "", f"{100 * result.chance:.1f}")

@@ -28,7 +28,9 @@ def generate(
     """
     settings = eval_config(config, model, data, overrides)
     if responses > 1 and settings.temperature == 0:
-        raise MegavilaError(f"{responses} greedy responses would all be equal; set temperature above 0, such as temperature=1")
+        raise MegavilaError(
+            f"{responses} greedy responses would all be equal; set temperature above 0, such as temperature=1"
+        )
     if out.exists():
         raise MegavilaError(f"{out} exists already; name a new file")
     with open_answerer(settings) as answerer:

@@ -9,10 +9,12 @@ import typer
 from megavila.config import EvalConfig, load_config
 
 Model = Annotated[
-    Path | None, typer.Option(help="Checkpoint directory, such as runs/<name>/hf; the same as model.path=DIR.")
+    Path | None,
+    typer.Option(help="Checkpoint directory, such as runs/<name>/hf; the same as model.path=DIR."),
 ]
 Data = Annotated[
-    list[Path] | None, typer.Option(help="File of rows, JSON Lines or parquet; may be repeated. The same as data.eval.")
+    list[Path] | None,
+    typer.Option(help="File of rows, JSON Lines or parquet; may be repeated. The same as data.eval."),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.")]
 Overrides = Annotated[

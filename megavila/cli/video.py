@@ -29,7 +29,9 @@ def info(path: Annotated[Path, typer.Argument(help="Video file.")]) -> None:
 def strip(
     path: Annotated[Path, typer.Argument(help="Video file.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
-    num_frames: Annotated[int | None, typer.Option(help="Frames, uniform over the video (24 unless --fps).")] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(help="Frames, uniform over the video (24 unless --fps).")
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second.")] = None,
     max_frames: Annotated[int | None, typer.Option(help="Most frames when sampling by --fps.")] = None,
     size: Annotated[int, typer.Option(help="Height and width of a frame, as the model's image size.")] = 112,

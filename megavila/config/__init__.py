@@ -5,7 +5,14 @@ from megavila.config.describe import Knob, describe, describe_text
 from megavila.config.load import build, load_config, save_config, to_dict
 from megavila.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megavila.config.parallel import ParallelConfig
-from megavila.config.recipes import EvalConfig, GrpoRunConfig, SftRunConfig, TrainingRoot, check_runnable, check_split
+from megavila.config.recipes import (
+    EvalConfig,
+    GrpoRunConfig,
+    SftRunConfig,
+    TrainingRoot,
+    check_runnable,
+    check_split,
+)
 from megavila.config.rollout import RewardConfig, RolloutConfig
 from megavila.config.run import RunSettings
 from megavila.config.section import ConfigError

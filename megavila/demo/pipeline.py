@@ -23,13 +23,13 @@ from megavila.evaluation.answering import open_answerer
 from megavila.evaluation.evaluate import score_rows
 from megavila.evaluation.result import EvalResult, load_result
 from megavila.media import FrameCache, sample_video
-from megavila.runtime.progress import track
 from megavila.rl.run import run_grpo
+from megavila.runtime.progress import track
 from megavila.sft.run import run_sft
 
 _CONFIGS = Path(__file__).parent
-FRAME_COUNTS = (4, 8, 12, 16, 24, 32)
-FRAMES_QUESTIONS = 252
+FRAME_COUNTS = (4, 8, 16, 24, 32)
+FRAMES_QUESTIONS = 200
 CAPTIONS_PER_VIDEO = 6
 LAST_SECOND = 64  # of the time labels that the tokenizer knows
 GIB = 2**30
@@ -57,7 +57,9 @@ class Demo:
         say = Console(stderr=True).print
         self.directory.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        say(f"[bold]Megavila demo[/], seed {self.seed}: about 15 minutes on two cores. Everything is in {self.directory}/")
+        say(
+            f"[bold]Megavila demo[/], seed {self.seed}: about 15 minutes on two cores. Everything is in {self.directory}/"
+        )
         with self._timed("data"):
             say("[bold]1/6[/] H.264 videos with questions, answers and reasoning")
             synthesize(world.demo_world(self._data, self.seed, self.quick))
@@ -67,7 +69,9 @@ class Demo:
             self._decode(frames)
         with self._timed("sft"):
             say("[bold]2/6[/] alignment: vision tower and decoder learn to name what a frame shows")
-            align = self._trained("align", lambda: run_sft(self._sft("align", None, "captions"), frames=frames))
+            align = self._trained(
+                "align", lambda: run_sft(self._sft("align", None, "captions"), frames=frames)
+            )
             say("[bold]3/6[/] long-CoT SFT on short videos")
             sft = self._trained("sft", lambda: run_sft(self._sft("sft", align, "sft"), frames=frames))
         with self._timed("grpo"):
@@ -101,7 +105,11 @@ class Demo:
         texts = [" ".join(f"t{second}" for second in range(LAST_SECOND + LATEST_START))]
         for name in ("sft", "rl", "exam", "easy"):
             for row in _read_json_lines(self._data / f"{name}.jsonl"):
-                texts += [row["problem"], " ; ".join(event["words"] for event in row["events"]), row["conclusion"]]
+                texts += [
+                    row["problem"],
+                    " ; ".join(event["words"] for event in row["events"]),
+                    row["conclusion"],
+                ]
         texts += [row["problem"] + " " + row["answer"] for row in _read_json_lines(captions)]
         build_word_tokenizer(texts, self._data / "tokenizer")
 
@@ -124,7 +132,9 @@ class Demo:
         return load_config(SftRunConfig, _CONFIGS / f"{stage}.yaml", self._common(start, rows))
 
     def _grpo(self, start: Path) -> GrpoRunConfig:
-        return load_config(GrpoRunConfig, _CONFIGS / "grpo.yaml", [*self._common(start, "rl"), *self.settings])
+        return load_config(
+            GrpoRunConfig, _CONFIGS / "grpo.yaml", [*self._common(start, "rl"), *self.settings]
+        )
 
     def _common(self, start: Path | None, rows: str) -> list[str]:
         model = f"model.path={start}" if start else f"model.tokenizer={self._data / 'tokenizer'}"
@@ -141,7 +151,9 @@ class Demo:
         exported = self.directory / stage / "hf"
         return exported if exported.is_dir() else train()
 
-    def _examine(self, stage: str, model: Path, frames: FrameCache, blank: bool = False) -> dict[str, EvalResult]:
+    def _examine(
+        self, stage: str, model: Path, frames: FrameCache, blank: bool = False
+    ) -> dict[str, EvalResult]:
         """Results of a model by the name of the exam; those that are on disk are not made again."""
         folder = self.directory / "eval"
         results: dict[str, EvalResult] = {}
@@ -160,7 +172,9 @@ class Demo:
             if blank:
                 papers["blank"] = lambda: score_rows(answerer, exam, blank=True)
             for count in FRAME_COUNTS:
-                papers[f"frames_{count}"] = lambda n=count: score_rows(answerer, exam[:FRAMES_QUESTIONS], num_frames=n)
+                papers[f"frames_{count}"] = lambda n=count: score_rows(
+                    answerer, exam[:FRAMES_QUESTIONS], num_frames=n
+                )
             for name, sit in papers.items():
                 stem = f"{stage}_{name}"
                 if not (folder / f"{stem}.json").exists():
@@ -170,7 +184,7 @@ class Demo:
 
     def _report(self, before: dict[str, EvalResult], after: dict[str, EvalResult]) -> Path:
         config = load_config(GrpoRunConfig, self.directory / "grpo" / "config.yaml")
-        exam, reward = read_rows(self._data / "exam.jsonl", config.data), config.reward
+        exam = read_rows(self._data / "exam.jsonl", config.data)
         findings = Findings(
             seed=self.seed,
             sft=before["exam"],
@@ -184,8 +198,7 @@ class Demo:
             taught=world.TAUGHT,
             examined=world.EXAMINED,
         )
-        weights = {"accuracy": reward.accuracy_weight, "format": reward.format_weight}
-        return write_report(self.directory, findings, self.directory / "grpo" / "metrics.jsonl", exam.rows, weights)
+        return write_report(self.directory, findings, config, exam.rows)
 
     def _seconds(self) -> dict[str, float]:
         path = self.directory / "seconds.json"

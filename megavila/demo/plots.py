@@ -23,7 +23,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def reward_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Overall, format and accuracy reward by GRPO step (the paper's figure 10), with a running mean."""
-    panels = (("reward/mean", "Overall reward"), ("reward/format", "Format reward"), ("reward/accuracy", "Accuracy reward"))
+    panels = (
+        ("reward/mean", "Overall reward"),
+        ("reward/format", "Format reward"),
+        ("reward/accuracy", "Accuracy reward"),
+    )
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.1), sharex=True)
     steps = [m["step"] for m in metrics]
     for axis, (key, title) in zip(axes, panels, strict=True):
@@ -52,7 +56,9 @@ def accuracy_by_frames(
         frames = sorted(scores)
         axis.plot(frames, [100 * scores[n] for n in frames], "o-", color=colour, label=label, linewidth=2)
     axis.axhline(100 * chance, color=CHANCE_COLOUR, linestyle=":", label="chance")
-    axis.set(xlabel="frames sampled from the video", ylabel="accuracy (%)", ylim=(0, 101), xticks=sorted(grpo))
+    axis.set(
+        xlabel="frames sampled from the video", ylabel="accuracy (%)", ylim=(0, 101), xticks=sorted(grpo)
+    )
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
     _save(figure, path)
@@ -65,7 +71,10 @@ def accuracy_by_category(
     names = sorted(grpo)
     x = np.arange(len(names))
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
-    for offset, scores, colour, label in ((-0.2, sft, SFT_COLOUR, "SFT"), (0.2, grpo, GRPO_COLOUR, "SFT + GRPO")):
+    for offset, scores, colour, label in (
+        (-0.2, sft, SFT_COLOUR, "SFT"),
+        (0.2, grpo, GRPO_COLOUR, "SFT + GRPO"),
+    ):
         bars = axis.bar(x + offset, [100 * scores[n] for n in names], 0.38, color=colour, label=label)
         axis.bar_label(bars, fmt="%.0f", fontsize=8)
     axis.axhline(100 * chance, color=CHANCE_COLOUR, linestyle=":", label="chance")

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from megavila.config import DataConfig, GrpoRunConfig
 from megavila.data import Row
 from megavila.demo import plots
 from megavila.evaluation.result import EvalResult, Prediction
@@ -78,15 +79,18 @@ class Findings:
         )
 
 
-def write_report(directory: Path, findings: Findings, metrics: Path, rows: Sequence[Row], reward_weights: Mapping[str, float]) -> Path:
+def write_report(directory: Path, findings: Findings, grpo: GrpoRunConfig, rows: Sequence[Row]) -> Path:
     """Write `summary.json`, `plots/*.png` and `report.html` into `directory` and return the page.
 
-    metrics: the GRPO run's `metrics.jsonl`. rows: the held-out rows, of which a few are shown as film strips.
+    grpo: config of the GRPO run, whose metrics are plotted. rows: the held-out rows, of which a few are shown as
+    film strips.
     """
     figures = directory / "plots"
     summary = findings.summary()
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plots.reward_curves(plots.read_metrics(metrics), figures / "reward_curves.png")
+    plots.reward_curves(
+        plots.read_metrics(grpo.run.directory / "metrics.jsonl"), figures / "reward_curves.png"
+    )
     plots.accuracy_by_frames(
         {n: r.accuracy for n, r in findings.sft_frames.items()},
         {n: r.accuracy for n, r in findings.grpo_frames.items()},
@@ -94,7 +98,10 @@ def write_report(directory: Path, findings: Findings, metrics: Path, rows: Seque
         figures / "accuracy_by_frames.png",
     )
     plots.accuracy_by_category(
-        findings.sft.by_category(), findings.grpo.by_category(), findings.grpo.chance, figures / "accuracy_by_category.png"
+        findings.sft.by_category(),
+        findings.grpo.by_category(),
+        findings.grpo.chance,
+        figures / "accuracy_by_category.png",
     )
     letter, share = findings.grpo.always_one_letter
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
@@ -112,8 +119,8 @@ def write_report(directory: Path, findings: Findings, metrics: Path, rows: Seque
         ],
         always={"letter": letter, "accuracy": share},
         frames_questions=len(next(iter(findings.grpo_frames.values())).predictions),
-        weights=reward_weights,
-        clips=_clips(findings, rows, figures),
+        weights={"accuracy": grpo.reward.accuracy_weight, "format": grpo.reward.format_weight},
+        clips=_clips(findings, rows, grpo.data, figures),
         image=lambda name: _data_url(figures / name),
     )
     path = directory / "report.html"
@@ -121,7 +128,7 @@ def write_report(directory: Path, findings: Findings, metrics: Path, rows: Seque
     return path
 
 
-def _clips(findings: Findings, rows: Sequence[Row], figures: Path) -> list[dict[str, Any]]:
+def _clips(findings: Findings, rows: Sequence[Row], data: DataConfig, figures: Path) -> list[dict[str, Any]]:
     """One video of each category, and the first that GRPO still gets wrong, so that the page flatters nobody."""
     before = {p.problem_id: p for p in findings.sft.predictions}
     after = findings.grpo.predictions
@@ -134,7 +141,7 @@ def _clips(findings: Findings, rows: Sequence[Row], figures: Path) -> list[dict[
     clips = []
     for number, prediction in enumerate(chosen):
         row = by_id[prediction.problem_id]
-        video = sample_video(row.videos[0], num_frames=prediction.num_frames)
+        video = sample_video(row.videos[0], fps=data.fps, max_frames=data.max_frames)
         strip = f"strip_{number}.png"
         plots.film_strip(load_frames(video, None).numpy(), video.timestamps, figures / strip)
         responses = [

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from megavila.data.synth import DifficultyRange, SplitConfig, WorldConfig
 
-SHORT = DifficultyRange(events=(1, 4), decoys=(0, 1), slack_seconds=(0, 6))
-LONG = DifficultyRange(events=(4, 7), decoys=(0, 1))
-EXAM = DifficultyRange(events=(5, 7), decoys=(0, 1))
+SHORT = DifficultyRange(events=(1, 3), decoys=(0, 1), slack_seconds=(0, 12))
+LONG = DifficultyRange(events=(2, 6), decoys=(0, 1))
+EXAM = DifficultyRange(events=(4, 6), decoys=(0, 1))
 
-COUNTS = {"sft": 2400, "rl": 1400, "exam": 1008, "easy": 252}
+COUNTS = {"sft": 2000, "rl": 1000, "exam": 1008, "easy": 252}
 
 DARK_SHARE = 0.03
 
-TAUGHT = "short videos with 1 to 4 events that matter"
-EXAMINED = "videos with 5 to 7 events, all longer than any that SFT saw"
+TAUGHT = "videos with 1 to 3 events that matter"
+EXAMINED = "videos with 4 to 6 events, more than SFT ever saw"
 
 
 def demo_world(directory: Path, seed: int, quick: bool = False) -> WorldConfig:

@@ -66,7 +66,9 @@ class Answerer:
         """
         builder = self._prompt_builder(num_frames)
         params = SamplingParams(
-            max_tokens=self.config.max_response_tokens, temperature=self.config.temperature, group_size=responses
+            max_tokens=self.config.max_response_tokens,
+            temperature=self.config.temperature,
+            group_size=responses,
         )
         for first in range(0, len(rows), self.config.batch_size):
             batch = rows[first : first + self.config.batch_size]

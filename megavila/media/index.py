@@ -84,7 +84,14 @@ class VideoIndex:
     @property
     def nbytes(self) -> int:
         """Memory of the arrays, and roughly of what is derived from them."""
-        arrays = (self.pts, self.positions, self.corrupt, self.random_access, self.packet_pts, self.packet_dts)
+        arrays = (
+            self.pts,
+            self.positions,
+            self.corrupt,
+            self.random_access,
+            self.packet_pts,
+            self.packet_dts,
+        )
         return 4096 + 4 * sum(array.nbytes for array in arrays)
 
     @cached_property

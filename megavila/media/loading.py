@@ -77,7 +77,9 @@ class FrameCache:
         found = {key: self._frames[key] for key in keys if key in self._frames}
         if missing:
             rest = replace(video, frame_ids=tuple(frame for frame, _ in missing), timestamps=())
-            found |= zip([key for _, key in missing], load_frames(rest, size, decoder=self.decoder), strict=True)
+            found |= zip(
+                [key for _, key in missing], load_frames(rest, size, decoder=self.decoder), strict=True
+            )
         self._keep(found)
         return torch.stack([found[key] for key in keys])
 

@@ -14,7 +14,7 @@ import numpy as np
 from megavila.data.synth import goal, plot, spatial, temporal
 from megavila.data.synth.encode import encode, render
 from megavila.data.synth.rows import to_row
-from megavila.data.synth.scene import CATEGORIES, GOAL, PLOT, SPATIAL, TEMPORAL, Difficulty, Event, Scene
+from megavila.data.synth.scene import CATEGORIES, GOAL, PLOT, SPATIAL, TEMPORAL, Difficulty, Event, Scene, WorldError
 
 Progress = Callable[[str, int, int], None]
 """Called with the split's name, rows that are ready, and rows in all."""
@@ -46,7 +46,7 @@ class DifficultyRange:
         for name in ("events", "decoys", "distractors", "slack_seconds"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(f"{name} is ({low}, {high}); write the lower bound first")
+                raise WorldError(f"{name} is ({low}, {high}); write the lower bound first")
         Difficulty(self.events[0], self.decoys[0], self.distractors[0], **self._fixed())
 
     def _fixed(self) -> dict[str, Any]:
@@ -83,14 +83,14 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         if not self.name.replace("-", "").replace("_", "").isalnum():
-            raise ValueError(f"split name {self.name!r} may hold only letters, digits, '-' and '_'")
+            raise WorldError(f"split name {self.name!r} may hold only letters, digits, '-' and '_'")
         if self.count < 1:
-            raise ValueError(f"split {self.name!r} has count {self.count}; it must be at least 1")
+            raise WorldError(f"split {self.name!r} has count {self.count}; it must be at least 1")
         if not 0 <= self.dark_share <= 1:
-            raise ValueError(f"split {self.name!r} has dark_share {self.dark_share}; it must be from 0 to 1")
+            raise WorldError(f"split {self.name!r} has dark_share {self.dark_share}; it must be from 0 to 1")
         unknown = [name for name in self.categories if name not in CATEGORIES]
         if unknown or not self.categories or len(set(self.categories)) < len(self.categories):
-            raise ValueError(f"categories are {self.categories}; choose from {CATEGORIES}, each at most once")
+            raise WorldError(f"categories are {self.categories}; choose from {CATEGORIES}, each at most once")
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ class WorldConfig:
     def __post_init__(self) -> None:
         names = [split.name for split in self.splits]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"splits are named {names}; give at least one, each name once")
+            raise WorldError(f"splits are named {names}; give at least one, each name once")
         if self.size < 42 or self.size % 2:
-            raise ValueError(f"size is {self.size}; it must be even and at least 42")
+            raise WorldError(f"size is {self.size}; it must be even and at least 42")
         if self.fps < 1 or not 0 <= self.crf <= 51:
-            raise ValueError(f"fps is {self.fps} (at least 1) and crf {self.crf} (0 to 51)")
+            raise WorldError(f"fps is {self.fps} (at least 1) and crf {self.crf} (0 to 51)")
         if self.seed < 0 or self.workers < 0:
-            raise ValueError(f"seed ({self.seed}) and workers ({self.workers}) cannot be negative")
+            raise WorldError(f"seed ({self.seed}) and workers ({self.workers}) cannot be negative")
 
 
 def generator(seed: int, split: str, *keys: int) -> np.random.Generator:
@@ -153,10 +153,10 @@ def make_scene(
         shuffle: put the options into a random order.
 
     Raises:
-        ValueError: unknown category, or the answer cannot be reached at this difficulty.
+        WorldError: unknown category, or the answer cannot be reached at this difficulty.
     """
     if category not in _MAKERS:
-        raise ValueError(f"unknown category {category!r}; choose from {CATEGORIES}")
+        raise WorldError(f"unknown category {category!r}; choose from {CATEGORIES}")
     for _ in range(1000):
         scene = _MAKERS[category](difficulty, rng)
         if shuffle:
@@ -165,7 +165,7 @@ def make_scene(
             scene = replace(scene, options=options, answer=order.index(scene.answer))
         if answer is None or scene.answer == answer:
             return scene
-    raise ValueError(f"no {category} scene with option {answer} as its answer at {difficulty}")
+    raise WorldError(f"no {category} scene with option {answer} as its answer at {difficulty}")
 
 
 def row_scene(config: WorldConfig, split: SplitConfig, index: int) -> Scene:
@@ -183,7 +183,9 @@ def row_scene(config: WorldConfig, split: SplitConfig, index: int) -> Scene:
 
 def darken(scene: Scene) -> Scene:
     """The same question about a black picture; the answer stays, and can only be guessed."""
-    nothing = Event(0.0, float(scene.duration), "intro", "dark", "the picture is black, nothing can be seen", {})
+    nothing = Event(
+        0.0, float(scene.duration), "intro", "dark", "the picture is black, nothing can be seen", {}
+    )
     guess = f"This is a guess: {scene.options[scene.answer]}"
     return replace(scene, events=(nothing,), summary=guess, facts={**scene.facts, "dark": True})
 
@@ -225,7 +227,7 @@ def synthesize(config: WorldConfig, progress: Progress | None = None) -> dict[st
     Without ``progress`` a bar is drawn on the terminal. A second call continues where the first was stopped.
 
     Raises:
-        ValueError: a split's folder was made from other settings.
+        WorldError: a split's folder was made from other settings.
     """
     if progress is not None:
         return {split.name: write_split(config, split, progress) for split in config.splits}
@@ -283,7 +285,7 @@ def _check_settings(config: WorldConfig, split: SplitConfig, folder: Path) -> No
     text = json.dumps(settings, sort_keys=True)
     record = folder / "settings.json"
     if record.exists() and record.read_text(encoding="utf-8") != text:
-        raise ValueError(
+        raise WorldError(
             f"{folder} was made from other settings than {text}; choose another out_dir or delete it"
         )
     if not record.exists():

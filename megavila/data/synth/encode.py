@@ -9,7 +9,7 @@ import av
 import numpy as np
 
 from megavila.data.synth.draw import MARGIN, Camera, Canvas, Colour, Image, background
-from megavila.data.synth.scene import Scene
+from megavila.data.synth.scene import Scene, WorldError
 
 _BITS: tuple[Colour, ...] = ((170, 120, 60), (90, 150, 150), (180, 110, 170), (110, 110, 60))
 
@@ -59,7 +59,7 @@ def encode(frames: Iterable[Image], path: Path, fps: int, crf: int = 26) -> int:
         crf: x264's quality, 0 (lossless) to 51.
 
     Raises:
-        ValueError: there is no frame, or a side is odd.
+        WorldError: there is no frame, or a side is odd.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     count = 0
@@ -75,14 +75,14 @@ def encode(frames: Iterable[Image], path: Path, fps: int, crf: int = 26) -> int:
                 if count == 0:
                     height, width = picture.shape[:2]
                     if height % 2 or width % 2:
-                        raise ValueError(f"pictures are {width}x{height}; yuv420p needs even sides")
+                        raise WorldError(f"pictures are {width}x{height}; yuv420p needs even sides")
                     stream.height, stream.width = height, width
                 frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 frame.pts, frame.time_base = count, Fraction(1, fps)
                 container.mux(stream.encode(frame))
                 count += 1
             if count == 0:
-                raise ValueError(f"no frame to encode for {path}")
+                raise WorldError(f"no frame to encode for {path}")
             container.mux(stream.encode(None))
         os.replace(partial, path)
     finally:

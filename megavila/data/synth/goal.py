@@ -1,4 +1,8 @@
-"""Goal and Purpose: a traveller heads for one of three gates; the camera follows, so lanes are inferred."""
+"""Goal and Purpose: a traveller heads for one of three gates; the camera follows, so lanes are inferred.
+
+The road runs around a tower, so its lanes form a ring: right of the right lane is the left one. No single turn tells the
+lane then, and all of them have to be followed.
+"""
 
 import math
 
@@ -30,9 +34,7 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
             events.append(Event(slot.start, slot.end, "decoy", "", "", {"jump": True}))
             continue
         step = (-1, 1)[int(rng.integers(2))]
-        if not 0 <= lane + step <= 2:
-            step = -step
-        lane += step
+        lane = (lane + step) % 3
         side, name = ("left", "right")[step > 0], LANES[lane]
         sentence = f"the traveller moves one lane to the {side}, now in line with the {name} gate"
         events.append(
@@ -40,7 +42,7 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
         )
     return Scene(
         category=GOAL,
-        question="A traveller walks towards three gates, changing lanes. Which gate will it be?",
+        question="A traveller walks towards three gates on a round road, changing lanes. Which gate will it be?",
         options=LANES,
         answer=lane,
         conclusion=f"so {name}",
@@ -53,8 +55,8 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
 
 
 def derive(events: list[Event]) -> int:
-    """The lane at the end: the starting lane plus all steps."""
-    return sum(event.args.get("lane", 0) + event.args.get("step", 0) for event in events)
+    """The lane at the end: the starting lane plus all steps, around the ring."""
+    return sum(event.args.get("lane", 0) + event.args.get("step", 0) for event in events) % 3
 
 
 def paint(scene: Scene, canvas: Canvas, time: float) -> None:

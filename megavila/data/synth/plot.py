@@ -1,4 +1,4 @@
-"""Plot and Narrative: three people, one gem, thefts told over several scenes. Who has the gem at the end?"""
+"""Plot and Narrative: three people, one gem, tricks told over several scenes. Who has the gem at the end?"""
 
 import math
 
@@ -11,7 +11,10 @@ PEOPLE = ("red", "green", "blue")
 
 
 def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
-    """Draws a story of ``difficulty.events`` thefts. A thief empties the other's bag; one holds the gem."""
+    """Draws a story of ``difficulty.events`` tricks: somebody takes another's bag and leaves the own one in its place.
+
+    So the last trick alone says nothing about who has the gem, and all of them have to be followed.
+    """
     slots, duration = timeline(difficulty, rng)
     owner = int(rng.integers(3))
     name = PEOPLE[owner]
@@ -31,7 +34,7 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
         if slot.decoy:
             events.append(Event(slot.start, slot.end, "decoy", "", "", {"meet": [thief, victim]}))
             continue
-        owner = thief if victim == owner else owner
+        owner = {thief: victim, victim: thief}.get(owner, owner)
         name = PEOPLE[owner]
         taken, robbed = PEOPLE[thief], PEOPLE[victim]
         events.append(
@@ -40,13 +43,13 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
                 slot.end,
                 "event",
                 f"{taken} takes {robbed} -> {name}",
-                f"{taken} takes what is in the bag of {robbed}, so the gem is with {name}",
+                f"{taken} takes the bag of {robbed} and leaves the own one, so the gem is with {name}",
                 {"take": [thief, victim]},
             )
         )
     return Scene(
         category=PLOT,
-        question="Three people hide what they have in bags and rob each other. Who has the gem at the end?",
+        question="Three people trick each other out of their bags, leaving their own. Who has the gem at the end?",
         options=PEOPLE,
         answer=owner,
         conclusion=f"so {name}",
@@ -59,16 +62,15 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
 
 
 def derive(events: list[Event]) -> int:
-    """Who has the gem at the end, from full bags: each theft moves everything from one bag to another."""
-    bags: list[set[str]] = [{"coin 0"}, {"coin 1"}, {"coin 2"}]
+    """Who has the gem at the end, from what is in every bag: each trick exchanges two bags."""
+    bags = ["coin 0", "coin 1", "coin 2"]
     for event in events:
         if "owner" in event.args:
-            bags[event.args["owner"]].add("gem")
+            bags[event.args["owner"]] = "gem"
         if "take" in event.args:
             thief, victim = event.args["take"]
-            bags[thief] |= bags[victim]
-            bags[victim] = set()
-    return next(person for person, bag in enumerate(bags) if "gem" in bag)
+            bags[thief], bags[victim] = bags[victim], bags[thief]
+    return bags.index("gem")
 
 
 def paint(scene: Scene, canvas: Canvas, time: float) -> None:

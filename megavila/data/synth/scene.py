@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 
 from megavila.data.synth.draw import Canvas
+from megavila.runtime.errors import MegavilaError
 
 SPATIAL, TEMPORAL = "Spatial", "Temporal"
 GOAL, PLOT = "Goal and Purpose", "Plot and Narrative"
 CATEGORIES = (SPATIAL, TEMPORAL, GOAL, PLOT)
+
+
+class WorldError(MegavilaError, ValueError):
+    """Settings of the synthetic world that contradict each other or cannot be met."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +47,22 @@ class Difficulty:
 
     def __post_init__(self) -> None:
         if self.events < 1:
-            raise ValueError(f"events is {self.events}; a video needs at least 1")
+            raise WorldError(f"events is {self.events}; a video needs at least 1")
         if self.decoys < 0 or self.distractors < 0:
-            raise ValueError(
+            raise WorldError(
                 f"decoys ({self.decoys}) and distractors ({self.distractors}) cannot be negative"
             )
         low, high = self.gap_seconds
         if not 0 <= low <= high:
-            raise ValueError(
+            raise WorldError(
                 f"gap_seconds is {self.gap_seconds}; it must be (shortest, longest) with 0 <= shortest"
             )
         if self.event_seconds <= 0 or self.intro_seconds <= 0 or self.slack_seconds < 0:
-            raise ValueError(
+            raise WorldError(
                 "event_seconds and intro_seconds must be positive and slack_seconds not negative"
             )
         if not 0 <= self.drift <= 8 or self.noise < 0:
-            raise ValueError(
+            raise WorldError(
                 f"drift is {self.drift} (limit 0 to 8 px) and noise {self.noise} (limit: 0 or more)"
             )
 

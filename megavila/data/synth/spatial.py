@@ -39,7 +39,7 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
                 slot.start,
                 slot.end,
                 "event",
-                f"swap {pair[0]}-{pair[1]} -> {name}",
+                f"swap {pair[0]}_{pair[1]} -> {name}",
                 f"the {pair[0]} and {pair[1]} cups change places, so the ball is under the {name} cup",
                 {"swap": [first, second]},
             )
