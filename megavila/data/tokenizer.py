@@ -114,6 +114,9 @@ def _load_transformers(path: Path) -> Any:
     try:
         if path.is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        if (path / "tokenizer.json").exists():
+            # Not AutoTokenizer: beside a config.json of type qwen2 it puts Qwen2's own splitting in place of the file's.
+            return PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
         loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions for unreadable files
         raise MegavilaError(f"{path}: not a tokenizer that transformers can read: {error}") from error

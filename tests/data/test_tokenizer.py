@@ -179,3 +179,13 @@ def test_end_token_must_be_known(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(MegavilaError, match="no end-of-sequence token"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_model_config_beside_the_files_changes_nothing(tmp_path: Path) -> None:
+    """An exported model has a config.json of type qwen2 there, which makes AutoTokenizer split text by Qwen2's rules."""
+    text = "<think> t0 ball right ; t5 swap left_right -> left </think> <answer>C</answer>"
+    directory = build_word_tokenizer([text], tmp_path / "words")
+    alone = load_tokenizer(directory).encode(text)
+    (directory / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+    assert load_tokenizer(directory).encode(text) == alone
+    assert load_tokenizer(directory).decode(alone).split() == text.replace("C<", "C <").replace(">C", "> C").split()

@@ -14,7 +14,17 @@ import numpy as np
 from megavila.data.synth import goal, plot, spatial, temporal
 from megavila.data.synth.encode import encode, render
 from megavila.data.synth.rows import to_row
-from megavila.data.synth.scene import CATEGORIES, GOAL, PLOT, SPATIAL, TEMPORAL, Difficulty, Event, Scene, WorldError
+from megavila.data.synth.scene import (
+    CATEGORIES,
+    GOAL,
+    PLOT,
+    SPATIAL,
+    TEMPORAL,
+    Difficulty,
+    Event,
+    Scene,
+    WorldError,
+)
 
 Progress = Callable[[str, int, int], None]
 """Called with the split's name, rows that are ready, and rows in all."""
