@@ -1,7 +1,7 @@
 """`megavila data`: making and checking rows."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -84,8 +84,11 @@ def check(
     ] = None,
 ) -> None:
     """Read every row and the index of every video, and report what cannot be used, by file and line."""
-    values = dict(item.partition("=")[::2] for item in settings or [])
-    config = build(DataConfig, values | {"on_bad_row": "skip"}, "--set")
+    values: dict[str, Any] = {"on_bad_row": "skip"}
+    for item in settings or []:
+        key, _, value = item.partition("=")
+        values[key] = value
+    config = build(DataConfig, values, "--set")
     table = Table("file", "rows", "malformed", "videos", "unreadable", "seconds of video")
     bad = 0
     for path in files:
