@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megavila.data.synth import DifficultyRange, SplitConfig, WorldConfig
 
-SHORT = DifficultyRange(events=(1, 3), decoys=(0, 1), slack_seconds=(0, 12))
+SHORT = DifficultyRange(events=(1, 3), decoys=(0, 1), slack_seconds=(0, 6))
 LONG = DifficultyRange(events=(2, 6), decoys=(0, 1))
 EXAM = DifficultyRange(events=(4, 6), decoys=(0, 1))
 

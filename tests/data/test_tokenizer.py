@@ -188,4 +188,7 @@ def test_a_model_config_beside_the_files_changes_nothing(tmp_path: Path) -> None
     alone = load_tokenizer(directory).encode(text)
     (directory / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
     assert load_tokenizer(directory).encode(text) == alone
-    assert load_tokenizer(directory).decode(alone).split() == text.replace("C<", "C <").replace(">C", "> C").split()
+    assert (
+        load_tokenizer(directory).decode(alone).split()
+        == text.replace("C<", "C <").replace(">C", "> C").split()
+    )

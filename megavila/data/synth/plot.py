@@ -37,12 +37,13 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
         owner = {thief: victim, victim: thief}.get(owner, owner)
         name = PEOPLE[owner]
         taken, robbed = PEOPLE[thief], PEOPLE[victim]
+        pair = "_".join(PEOPLE[person] for person in sorted((thief, victim)))
         events.append(
             Event(
                 slot.start,
                 slot.end,
                 "event",
-                f"{taken} takes {robbed} -> {name}",
+                f"trick {pair} -> {name}",
                 f"{taken} takes the bag of {robbed} and leaves the own one, so the gem is with {name}",
                 {"take": [thief, victim]},
             )
