@@ -25,6 +25,7 @@ from megavila.data.synth.scene import (
     Scene,
     WorldError,
 )
+from megavila.runtime.progress import Progress as ProgressBar
 
 Progress = Callable[[str, int, int], None]
 """Called with the split's name, rows that are ready, and rows in all."""
@@ -234,27 +235,20 @@ def write_split(config: WorldConfig, split: SplitConfig, progress: Progress | No
 def synthesize(config: WorldConfig, progress: Progress | None = None) -> dict[str, Path]:
     """Writes every split of a world and returns the row files by split name.
 
-    Without ``progress`` a bar is drawn on the terminal. A second call continues where the first was stopped.
+    Without ``progress`` a bar with an estimate is shown. A second call continues where the first was stopped.
 
     Raises:
         WorldError: a split's folder was made from other settings.
     """
     if progress is not None:
         return {split.name: write_split(config, split, progress) for split in config.splits}
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (
-        TextColumn("videos: {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns) as bars:
-        tasks = {split.name: bars.add_task(split.name, total=split.count) for split in config.splits}
+    ready: dict[str, int] = {}
+    with ProgressBar("videos", sum(split.count for split in config.splits)) as bar:
 
         def show(name: str, done: int, total: int) -> None:
-            bars.update(tasks[name], completed=done, total=total)
+            del total
+            bar.advance(done - ready.get(name, 0), text=name)
+            ready[name] = done
 
         return {split.name: write_split(config, split, show) for split in config.splits}
 

@@ -177,7 +177,7 @@ def test_goal_answer_from_pixels() -> None:
             elif index >= 3:
                 left, right = _lit(picture, 0, 1), _lit(picture, 2, 1)
                 turn = -1 if left[1] - left[0] > 90 else int(right[0] - right[2] > 110)
-                lane += turn if turn != previous else 0
+                lane = (lane + turn) % 3 if turn != previous else lane
                 previous = turn
         assert scene.options[scene.answer] == goal.LANES[lane]
 
@@ -276,3 +276,31 @@ def test_no_half_written_file(tmp_path: Path) -> None:
 def test_bad_settings_are_named(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_dark_videos_show_nothing_and_keep_answers_balanced() -> None:
+    split = SplitConfig("dark", 120, dark_share=0.25)
+    config = WorldConfig(Path("unused"), (split,), fps=1)
+    scenes = [row_scene(config, split, index) for index in range(split.count)]
+    dark = [scene for scene in scenes if scene.facts.get("dark")]
+    assert 15 <= len(dark) <= 45
+    for scene in dark[:3]:
+        frames = list(render(scene, np.random.default_rng(0), fps=1))
+        assert len(frames) == scene.duration and not any(frame.any() for frame in frames)
+        told = trace(to_row(scene, "x", "x.mp4"), list(range(scene.duration)))
+        assert told == f"t0 dark ; {scene.conclusion}"
+    answers = np.bincount([scene.answer for scene in scenes])
+    assert answers.min() == answers.max() == 40
+
+
+@pytest.mark.parametrize("category", (GOAL, PLOT, SPATIAL))
+def test_the_last_event_alone_does_not_tell_the_answer(category: str) -> None:
+    rng = np.random.default_rng(9)
+    by_last: dict[str, list[int]] = {}
+    for _ in range(600):
+        scene = make_scene(category, Difficulty(events=4, decoys=0), rng)
+        by_last.setdefault(scene.events[-1].words.split(" -> ")[0], []).append(scene.answer)
+    for answers in by_last.values():
+        assert (
+            np.bincount(answers, minlength=3).max() / len(answers) < 0.47
+        )  # chance is 1/3; the old clamped lanes gave 1/2
