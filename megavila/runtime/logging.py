@@ -1,4 +1,4 @@
-"""Log lines: rich on the main rank; the other ranks speak up from WARNING on."""
+"""Log lines: rich on a terminal, one plain line each elsewhere; ranks other than the main speak up from WARNING on."""
 
 import logging
 
@@ -21,6 +21,13 @@ def configure_logging(*, is_main: bool, rank: int = 0) -> None:
     root = logging.getLogger(_ROOT)
     root.handlers.clear()
     root.setLevel(logging.INFO if is_main else logging.WARNING)
-    handler = RichHandler(console=Console(stderr=True), show_path=False, rich_tracebacks=False, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s" if is_main else f"[rank {rank}] %(message)s"))
+    mark = "" if is_main else f"[rank {rank}] "
+    console = Console(stderr=True)
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, rich_tracebacks=False, markup=False)
+        handler.setFormatter(logging.Formatter(f"{mark}%(message)s"))
+    else:  # a log file: rich would break lines, and the paths in them, at 80 columns
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {mark}%(message)s", "%H:%M:%S"))
     root.addHandler(handler)

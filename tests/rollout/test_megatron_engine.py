@@ -18,7 +18,7 @@ from megavila.rollout.protocol import Response, RolloutError, SamplingParams
 from megavila.runtime.platform import get_platform
 from megavila.runtime.topology import Topology, shutdown
 from tests.distributed import run_ranks
-from tests.models.hf_reference import LanguageCase, causal, hf_decoder, our_decoder, run_cases, start
+from tests.models.hf_reference import LanguageCase, causal, hf_decoder, our_decoder, start
 from tests.rollout.engine_fakes import VOCAB, Pieces, make_prompt
 
 CASES = [
@@ -300,9 +300,13 @@ def two_rank_tokens(case: LanguageCase, topology: Topology) -> list[Any]:
     return [tokens(groups), [[response.logprobs for response in group] for group in groups]]
 
 
+def on_two_ranks(rank: int) -> list[Any]:
+    return two_rank_tokens(CASES[0], start(tensor=2))
+
+
 def test_two_tensor_parallel_ranks_draw_the_same(topology: Topology) -> None:
     expected_tokens, expected_logprobs = two_rank_tokens(CASES[0], topology)
-    for ((ids, logprobs),) in run_ranks(run_cases, 2, two_rank_tokens, CASES[:1], 2):
+    for ids, logprobs in run_ranks(on_two_ranks, 2):
         assert ids == expected_tokens
         for group, expected_group in zip(logprobs, expected_logprobs, strict=True):
             for own, expected in zip(group, expected_group, strict=True):
