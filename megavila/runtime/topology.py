@@ -64,8 +64,7 @@ def data_degree(parallel: ParallelConfig, world_size: int) -> int:
     if parallel.pipeline_parallel > 1:
         raise MegavilaError(
             f"parallel.pipeline_parallel is {parallel.pipeline_parallel}, but training with pipeline stages is not "
-            "supported; set it to 1 and split the model with parallel.tensor_parallel (weights) or "
-            "parallel.context_parallel (tokens)"
+            "supported; set it to 1 and split the model with parallel.tensor_parallel"
         )
     tensor, context = parallel.tensor_parallel, parallel.context_parallel
     if world_size % (tensor * context) != 0:
