@@ -74,8 +74,7 @@ class Findings:
             f"is right in {_percent(self.sft)} of cases. GRPO then trained on other videos of that harder kind with nothing but "
             "a reward for a right answer in the right form: no reasoning was shown to it. It is now right in "
             f"{_percent(self.grpo)} of cases ({gain:+.1f} points), and in {_percent(self.grpo_easy)} of the easy ones. With black "
-            f"frames in place of the videos it falls to {_percent(self.blank)} (chance is {100 * self.grpo.chance:.1f} %), so the "
-            "answers come from the videos."
+            f"frames in place of the videos it is right in {_percent(self.blank)} (chance is {100 * self.grpo.chance:.1f} %)."
         )
 
 
