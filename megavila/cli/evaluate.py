@@ -5,7 +5,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megavila.cli.settings import ConfigFile, Data, Model, Overrides, eval_config
+from megavila.cli.settings import ConfigFile, Data, Model, Overrides, load_settings
+from megavila.config import EvalConfig
 from megavila.evaluation.answering import open_answerer
 from megavila.evaluation.evaluate import score_rows
 from megavila.evaluation.result import EvalResult
@@ -20,7 +21,7 @@ def evaluate_command(
 
     Runs under torchrun too: torchrun --nproc-per-node N -m megavila eval …
     """
-    settings = eval_config(config, model, data, overrides)
+    settings = load_settings(EvalConfig, config, model, data, overrides)
     with open_answerer(settings) as answerer:
         rows = answerer.rows()
         for frames in settings.num_frames or (None,):

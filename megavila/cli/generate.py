@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from megavila.cli.settings import ConfigFile, Data, Model, Overrides, eval_config
+from megavila.cli.settings import ConfigFile, Data, Model, Overrides, load_settings
+from megavila.config import EvalConfig
 from megavila.data import Row
 from megavila.evaluation.answering import Answered, open_answerer
 from megavila.runtime.errors import MegavilaError
@@ -26,7 +27,7 @@ def generate(
     The answers in the rows are not used. Example:
     megavila generate --model runs/demo/grpo/hf --data rows.jsonl --out out.jsonl -n 4 temperature=1
     """
-    settings = eval_config(config, model, data, overrides)
+    settings = load_settings(EvalConfig, config, model, data, overrides)
     if responses > 1 and settings.temperature == 0:
         raise MegavilaError(
             f"{responses} greedy responses would all be equal; set temperature above 0, such as temperature=1"

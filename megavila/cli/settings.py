@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
-from megavila.config import EvalConfig, load_config
+from megavila.config import EvalConfig, ScoreConfig, load_config
+
+C = TypeVar("C", EvalConfig, ScoreConfig)
 
 Model = Annotated[
     Path | None,
@@ -22,13 +24,17 @@ Overrides = Annotated[
 ]
 
 
-def eval_config(
-    config: Path | None, model: Path | None, data: Sequence[Path] | None, overrides: Sequence[str] | None
-) -> EvalConfig:
+def load_settings(
+    root: type[C],
+    config: Path | None,
+    model: Path | None,
+    data: Sequence[Path] | None,
+    overrides: Sequence[str] | None,
+) -> C:
     """The resolved settings of a subcommand. Raises ConfigError as `load_config` does."""
     settings = [*(overrides or ())]
     if model is not None:
         settings.append(f"model.path={model}")
     if data:
         settings.append(f"data.eval=[{','.join(str(path) for path in data)}]")
-    return load_config(EvalConfig, config, settings)
+    return load_config(root, config, settings)

@@ -8,6 +8,7 @@ from megavila.config.parallel import ParallelConfig
 from megavila.config.recipes import (
     EvalConfig,
     GrpoRunConfig,
+    ScoreConfig,
     SftRunConfig,
     TrainingRoot,
     check_runnable,
@@ -35,6 +36,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunSettings",
+    "ScoreConfig",
     "SftConfig",
     "SftRunConfig",
     "TrainingRoot",

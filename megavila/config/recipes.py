@@ -145,3 +145,27 @@ class EvalConfig(Section):
             all(1 <= n <= MAX_FRAMES for n in self.num_frames),
             f"num_frames is {list(self.num_frames)}, each must be from 1 to {MAX_FRAMES}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(Section):
+    """Log-probabilities of given responses: a model, files of rows that carry `responses`, and how they are laid out."""
+
+    model: ModelConfig = required("The model.")
+    data: DataConfig = required("Rows, media and prompts; the files are data.eval.")
+    parallel: ParallelConfig = subsection(ParallelConfig, "Parallel degrees.")
+    mrsp: MrspConfig = subsection(MrspConfig, "Shared prefix and sequence parallelism.")
+    init_from: str | None = knob(None, "Checkpoint whose weights score; null: those of model.path.")
+    temperature: float = knob(1.0, "Logits are divided by it, as they were when the responses were sampled.")
+    max_tokens_per_microbatch: int = knob(262_144, "Most tokens that one forward pass holds.")
+    batch_size: int = knob(32, "Rows whose videos are held together.")
+    limit: int | None = knob(None, "Score the first so many rows only.")
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto: CUDA where there is a device, else the CPU.")
+    seed: int = knob(0, "Seed of the weights, where the model has none.")
+
+    def validate(self) -> None:
+        check_split(self.model, self.parallel)
+        require(bool(self.data.eval), "data.eval is empty; name at least one file of rows")
+        self.require_at_least(1, "max_tokens_per_microbatch", "batch_size", "limit")
+        self.require_at_least(0, "seed")
+        require(self.temperature > 0, f"temperature is {self.temperature}, must be greater than 0")

@@ -3,25 +3,23 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megavila.config import EvalConfig, check_runnable, check_split
-from megavila.data import Prompt, PromptBuilder, PromptTemplate, Row, Tokenizer, load_tokenizer, read_rows
+from megavila.config import EvalConfig
+from megavila.data import Prompt, PromptBuilder, PromptTemplate, Row, Tokenizer, read_rows
+from megavila.evaluation.loading import open_model
 from megavila.media import FrameCache, MediaError, get_decoder
-from megavila.models import VisionLanguageModel, build_model, resolve_config, tokens_per_frame
+from megavila.models import VisionLanguageModel, tokens_per_frame
 from megavila.mrsp.encode import encode_videos
 from megavila.mrsp.store import EmbeddingStore
 from megavila.rollout.megatron import MegatronEngine
 from megavila.rollout.protocol import Response, RolloutEngine, SamplingParams
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
-from megavila.runtime.platform import get_platform
-from megavila.runtime.seeds import derive_seed, seed_everything
-from megavila.runtime.topology import Topology, initialize, shutdown
-from megavila.training.session import load_initial_weights, tokenizer_path, with_vocabulary
+from megavila.runtime.seeds import derive_seed
+from megavila.runtime.topology import Topology
 
 GIB = 2**30
 _log = get_logger(__name__)
@@ -132,17 +130,8 @@ def open_answerer(config: EvalConfig, *, frames: FrameCache | None = None) -> It
     """
     if config.engine != "megatron":
         raise MegavilaError(f"engine {config.engine} cannot answer yet; use engine=megatron")
-    check_runnable(config.parallel)
-    platform = get_platform(config.device)
-    topology = initialize(config.parallel, platform)
-    try:
-        seed_everything(config.seed, topology)
-        tokenizer = load_tokenizer(tokenizer_path(config.model))
-        model_config = with_vocabulary(resolve_config(config.model), tokenizer)
-        check_split(model_config, config.parallel)
-        model = build_model(model_config, topology, platform, seed=config.seed)
-        if config.init_from is not None:
-            load_initial_weights(model, Path(config.init_from), topology)
+    with open_model(config) as loaded:
+        model, tokenizer, topology = loaded.model, loaded.tokenizer, loaded.topology
         yield Answerer(
             config,
             topology,
@@ -152,8 +141,6 @@ def open_answerer(config: EvalConfig, *, frames: FrameCache | None = None) -> It
             frames or FrameCache(int(config.data.cache_frames_gib * GIB), get_decoder(config.data.decoder)),
             EmbeddingStore(int(config.store_gib * GIB)),
         )
-    finally:
-        shutdown()
 
 
 def _with_frames(row: Row, num_frames: int | None) -> Row:

@@ -1,0 +1,42 @@
+"""A trained model with its tokenizer, on the ranks that were started: what answering and scoring begin with."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megavila.config import EvalConfig, ScoreConfig, check_runnable, check_split
+from megavila.data import Tokenizer, load_tokenizer
+from megavila.models import VisionLanguageModel, build_model, resolve_config
+from megavila.runtime.platform import get_platform
+from megavila.runtime.seeds import seed_everything
+from megavila.runtime.topology import Topology, initialize, shutdown
+from megavila.training.session import load_initial_weights, tokenizer_path, with_vocabulary
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What `open_model` yields."""
+
+    topology: Topology
+    tokenizer: Tokenizer
+    model: VisionLanguageModel
+
+
+@contextmanager
+def open_model(config: EvalConfig | ScoreConfig) -> Iterator[LoadedModel]:
+    """Join the processes, load the weights of `model.path` or `init_from`; leave the process groups at the end."""
+    check_runnable(config.parallel)
+    platform = get_platform(config.device)
+    topology = initialize(config.parallel, platform)
+    try:
+        seed_everything(config.seed, topology)
+        tokenizer = load_tokenizer(tokenizer_path(config.model))
+        model_config = with_vocabulary(resolve_config(config.model), tokenizer)
+        check_split(model_config, config.parallel)
+        model = build_model(model_config, topology, platform, seed=config.seed)
+        if config.init_from is not None:
+            load_initial_weights(model, Path(config.init_from), topology)
+        yield LoadedModel(topology, tokenizer, model)
+    finally:
+        shutdown()
