@@ -1,12 +1,12 @@
-"""The demo's stages: videos, alignment, SFT, GRPO, exams, report. A demo that was stopped goes on where it was."""
+"""The demo's stages: videos, alignment, two stages of SFT, GRPO, exams, report. A demo that was stopped goes on where it was."""
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from megavila.data.synth.captions import write_captions
 from megavila.demo import world
 from megavila.demo.hooks import LATEST_START
 from megavila.demo.report import Findings, write_report
-from megavila.evaluation.answering import open_answerer
+from megavila.evaluation.answering import Answerer, open_answerer
 from megavila.evaluation.evaluate import score_rows
 from megavila.evaluation.result import EvalResult, load_result
 from megavila.media import FrameCache, sample_video
@@ -28,7 +28,8 @@ from megavila.runtime.progress import track
 from megavila.sft.run import run_sft
 
 _CONFIGS = Path(__file__).parent
-FRAME_COUNTS = (4, 8, 16, 24, 32)
+SPLITS = ("sft", "sft_longer", "rl", "exam")
+FRAME_COUNTS = (4, 8, 12, 16, 24, 32)
 FRAMES_QUESTIONS = 200
 CAPTIONS_PER_VIDEO = 6
 LAST_SECOND = 64  # of the time labels that the tokenizer knows
@@ -61,27 +62,35 @@ class Demo:
             f"[bold]Megavila demo[/], seed {self.seed}: about 15 minutes on two cores. Everything is in {self.directory}/"
         )
         with self._timed("data"):
-            say("[bold]1/6[/] H.264 videos with questions, answers and reasoning")
+            say("[bold]1/7[/] H.264 videos with questions, answers and reasoning")
             synthesize(world.demo_world(self._data, self.seed, self.quick))
             self._write_rows()
         frames = FrameCache(2 * GIB)
         with self._timed("data"):
             self._decode(frames)
         with self._timed("sft"):
-            say("[bold]2/6[/] alignment: vision tower and decoder learn to name what a frame shows")
+            say("[bold]2/7[/] alignment: vision tower and decoder learn to name what a frame shows")
             align = self._trained(
                 "align", lambda: run_sft(self._sft("align", None, "captions"), frames=frames)
             )
-            say("[bold]3/6[/] long-CoT SFT on short videos")
-            sft = self._trained("sft", lambda: run_sft(self._sft("sft", align, "sft"), frames=frames))
+            say("[bold]3/7[/] long-CoT SFT, mostly on short videos")
+            taught = ("sft", "sft_longer")
+            reasoning = self._trained("sft", lambda: run_sft(self._sft("sft", align, *taught), frames=frames))
+            say("[bold]4/7[/] SFT on direct answers")
+            direct = self._trained(
+                "direct", lambda: run_sft(self._sft("direct", reasoning, *taught), frames=frames)
+            )
         with self._timed("grpo"):
-            say("[bold]4/6[/] GRPO on longer videos")
-            grpo = self._trained("grpo", lambda: run_grpo(self._grpo(sft), frames=frames))
+            say("[bold]5/7[/] GRPO on short and longer videos")
+            grpo = self._trained("grpo", lambda: run_grpo(self._grpo(direct), frames=frames))
         with self._timed("eval"):
-            say("[bold]5/6[/] exams on held-out videos")
-            before, after = self._examine("sft", sft, frames), self._examine("grpo", grpo, frames, blank=True)
-        say("[bold]6/6[/] report")
-        report = self._report(before, after)
+            say("[bold]6/7[/] exams on held-out videos")
+            curve = [f"frames_{count}" for count in FRAME_COUNTS]
+            taught_to_reason = self._examine("sft", reasoning, ["exam"], frames)
+            before = self._examine("direct", direct, ["exam", *curve], frames)
+            after = self._examine("grpo", grpo, ["exam", "blank", *curve], frames)
+        say("[bold]7/7[/] report")
+        report = self._report(taught_to_reason, before, after)
         summary = json.loads((self.directory / "summary.json").read_text())
         scores = summary["accuracy"]
         say(
@@ -96,14 +105,14 @@ class Demo:
         return self.directory / "data"
 
     def _write_rows(self) -> None:
-        """Caption rows, the easy and hard exams cut from their splits, and a tokenizer of all words in use."""
+        """Caption rows, and a tokenizer of all words in use."""
         captions = write_captions(
             self._data / "sft.jsonl", self._data / "captions.jsonl", CAPTIONS_PER_VIDEO, self.seed
         )
         if (self._data / "tokenizer").exists():
             return
         texts = [" ".join(f"t{second}" for second in range(LAST_SECOND + LATEST_START))]
-        for name in ("sft", "rl", "exam", "easy"):
+        for name in SPLITS:
             for row in _read_json_lines(self._data / f"{name}.jsonl"):
                 texts += [
                     row["problem"],
@@ -115,10 +124,10 @@ class Demo:
 
     def _decode(self, frames: FrameCache) -> None:
         """Decode every video once, in threads, at the rate and size that all stages share."""
-        config = self._sft("align", None, "sft")
+        config = self._sft("align", None, "captions")
         assert config.model.vision is not None
         side, data = config.model.vision.image_size, config.data
-        files = [read_rows(self._data / f"{name}.jsonl", data) for name in ("sft", "rl", "exam", "easy")]
+        files = [read_rows(self._data / f"{name}.jsonl", data) for name in SPLITS]
         paths = [row.videos[0] for file in files for row in file.rows]
         workers = len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(workers) as pool:
@@ -128,22 +137,22 @@ class Demo:
         for _ in track(frames.warm(videos, (side, side), workers), "decoding", total=len(videos)):
             pass
 
-    def _sft(self, stage: str, start: Path | None, rows: str) -> SftRunConfig:
-        return load_config(SftRunConfig, _CONFIGS / f"{stage}.yaml", self._common(start, rows))
+    def _sft(self, stage: str, start: Path | None, *splits: str) -> SftRunConfig:
+        return load_config(SftRunConfig, _CONFIGS / f"{stage}.yaml", self._common(start, *splits))
 
     def _grpo(self, start: Path) -> GrpoRunConfig:
         return load_config(
             GrpoRunConfig, _CONFIGS / "grpo.yaml", [*self._common(start, "rl"), *self.settings]
         )
 
-    def _common(self, start: Path | None, rows: str) -> list[str]:
+    def _common(self, start: Path | None, *splits: str) -> list[str]:
         model = f"model.path={start}" if start else f"model.tokenizer={self._data / 'tokenizer'}"
         return [
             model,
             *(_QUICK if self.quick else ()),
             f"run.output_dir={self.directory}",
             f"run.seed={self.seed}",
-            f"data.train=[{self._data / rows}.jsonl]",
+            f"data.train=[{','.join(str(self._data / f'{split}.jsonl') for split in splits)}]",
         ]
 
     def _trained(self, stage: str, train: Callable[[], Path]) -> Path:
@@ -152,9 +161,12 @@ class Demo:
         return exported if exported.is_dir() else train()
 
     def _examine(
-        self, stage: str, model: Path, frames: FrameCache, blank: bool = False
+        self, stage: str, model: Path, names: Sequence[str], frames: FrameCache
     ) -> dict[str, EvalResult]:
-        """Results of a model by the name of the exam; those that are on disk are not made again."""
+        """Results of a stage's model by the name of the exam; those that are on disk are not made again.
+
+        names: "exam", "blank" (the same questions with black frames) and "frames_<n>" (some of them, at most n frames a video).
+        """
         folder = self.directory / "eval"
         results: dict[str, EvalResult] = {}
         config = load_config(
@@ -163,42 +175,42 @@ class Demo:
             [f"model.path={model}", f"data.eval=[{self._data / 'exam.jsonl'}]", f"seed={self.seed}"],
         )
         with open_answerer(config, frames=frames) as answerer:
-            exam = answerer.rows()
-            easy = read_rows(self._data / "easy.jsonl", config.data).rows
+            rows = answerer.rows()
             papers: dict[str, Callable[[], EvalResult]] = {
-                "exam": lambda: score_rows(answerer, exam),
-                "easy": lambda: score_rows(answerer, easy),
+                "exam": lambda: score_rows(answerer, rows),
+                "blank": lambda: score_rows(answerer, rows, blank=True),
             }
-            if blank:
-                papers["blank"] = lambda: score_rows(answerer, exam, blank=True)
             for count in FRAME_COUNTS:
                 papers[f"frames_{count}"] = lambda n=count: score_rows(
-                    answerer, exam[:FRAMES_QUESTIONS], num_frames=n
+                    _at_most(answerer, n), rows[:FRAMES_QUESTIONS]
                 )
-            for name, sit in papers.items():
+            for name in names:
                 stem = f"{stage}_{name}"
                 if not (folder / f"{stem}.json").exists():
-                    sit().save(folder, stem)
+                    papers[name]().save(folder, stem)
                 results[name] = load_result(folder, stem)
         return results
 
-    def _report(self, before: dict[str, EvalResult], after: dict[str, EvalResult]) -> Path:
+    def _report(
+        self,
+        reasoning: dict[str, EvalResult],
+        before: dict[str, EvalResult],
+        after: dict[str, EvalResult],
+    ) -> Path:
         config = load_config(GrpoRunConfig, self.directory / "grpo" / "config.yaml")
-        exam = read_rows(self._data / "exam.jsonl", config.data)
+        exam = read_rows(self._data / "exam.jsonl", config.data).rows
         findings = Findings(
             seed=self.seed,
+            reasoning=reasoning["exam"],
             sft=before["exam"],
             grpo=after["exam"],
             blank=after["blank"],
-            sft_easy=before["easy"],
-            grpo_easy=after["easy"],
+            longer=frozenset(row.problem_id for row in exam if world.is_longer(row)),
             sft_frames={n: before[f"frames_{n}"] for n in FRAME_COUNTS},
             grpo_frames={n: after[f"frames_{n}"] for n in FRAME_COUNTS},
             seconds={stage: self._seconds()[stage] for stage in ("data", "sft", "grpo", "eval")},
-            taught=world.TAUGHT,
-            examined=world.EXAMINED,
         )
-        return write_report(self.directory, findings, config, exam.rows)
+        return write_report(self.directory, findings, config, exam)
 
     def _seconds(self) -> dict[str, float]:
         path = self.directory / "seconds.json"
@@ -214,6 +226,12 @@ class Demo:
             seconds = self._seconds()
             seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
             (self.directory / "seconds.json").write_text(json.dumps(seconds) + "\n")
+
+
+def _at_most(answerer: Answerer, frames: int) -> Answerer:
+    """The same model, shown at most so many frames of a video: one a second, or fewer where that would be more."""
+    config = answerer.config
+    return replace(answerer, config=replace(config, data=replace(config.data, max_frames=frames)))
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -50,14 +50,17 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
 def accuracy_by_frames(
     sft: Mapping[int, float], grpo: Mapping[int, float], chance: float, path: Path
 ) -> None:
-    """Accuracy against the number of sampled frames, before and after RL (the paper's figure 8)."""
+    """Accuracy against the most frames sampled from a video, before and after RL (the paper's figure 8)."""
     figure, axis = plt.subplots(figsize=(5.2, 3.4))
     for scores, colour, label in ((sft, SFT_COLOUR, "SFT"), (grpo, GRPO_COLOUR, "SFT + GRPO")):
         frames = sorted(scores)
         axis.plot(frames, [100 * scores[n] for n in frames], "o-", color=colour, label=label, linewidth=2)
     axis.axhline(100 * chance, color=CHANCE_COLOUR, linestyle=":", label="chance")
     axis.set(
-        xlabel="frames sampled from the video", ylabel="accuracy (%)", ylim=(0, 101), xticks=sorted(grpo)
+        xlabel="at most so many frames, of one a second",
+        ylabel="accuracy (%)",
+        ylim=(0, 101),
+        xticks=sorted(grpo),
     )
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)

@@ -14,6 +14,7 @@ import jinja2
 from megavila.config import DataConfig, GrpoRunConfig
 from megavila.data import Row
 from megavila.demo import plots
+from megavila.demo.world import TAUGHT_EVENTS
 from megavila.evaluation.result import EvalResult, Prediction
 from megavila.media import load_frames, sample_video
 
@@ -26,24 +27,22 @@ class Findings:
 
     Attributes:
         seed: of the whole demo.
-        sft, grpo, blank: results on the held-out questions; `blank` is the GRPO model with black frames.
-        sft_easy, grpo_easy: on held-out questions as easy as those SFT was taught on.
-        sft_frames, grpo_frames: results by number of frames sampled.
+        reasoning: results on the held-out questions of the model taught to reason, before SFT's direct answers.
+        sft, grpo, blank: of the model that GRPO started from, after GRPO, and after GRPO with black frames.
+        longer: problem ids of the questions on videos in which more happens than in most that SFT was taught on.
+        sft_frames, grpo_frames: results by the most frames sampled from a video.
         seconds: by stage.
-        taught, examined: words for what SFT was taught on and what the questions are about.
     """
 
     seed: int
+    reasoning: EvalResult
     sft: EvalResult
     grpo: EvalResult
     blank: EvalResult
-    sft_easy: EvalResult
-    grpo_easy: EvalResult
+    longer: frozenset[str]
     sft_frames: Mapping[int, EvalResult]
     grpo_frames: Mapping[int, EvalResult]
     seconds: Mapping[str, float]
-    taught: str
-    examined: str
 
     def summary(self) -> dict[str, Any]:
         """The numbers of `summary.json`; accuracies from 0 to 1."""
@@ -51,12 +50,20 @@ class Findings:
             "seed": self.seed,
             "questions": len(self.grpo.predictions),
             "accuracy": {
+                "sft_reasoning": self.reasoning.accuracy,
                 "sft": self.sft.accuracy,
                 "grpo": self.grpo.accuracy,
                 "grpo_blank_frames": self.blank.accuracy,
                 "chance": self.grpo.chance,
             },
-            "accuracy_easy": {"sft": self.sft_easy.accuracy, "grpo": self.grpo_easy.accuracy},
+            "accuracy_by_length": {
+                name: {stage: part.accuracy for stage, part in self.by_length(result).items()}
+                for name, result in (
+                    ("sft_reasoning", self.reasoning),
+                    ("sft", self.sft),
+                    ("grpo", self.grpo),
+                )
+            },
             "accuracy_by_frames": {
                 "sft": {str(n): r.accuracy for n, r in self.sft_frames.items()},
                 "grpo": {str(n): r.accuracy for n, r in self.grpo_frames.items()},
@@ -65,17 +72,31 @@ class Findings:
             "seconds": dict(self.seconds),
         }
 
-    def story(self) -> str:
-        """What SFT could do and what RL added, in words, from the numbers."""
+    def by_length(self, result: EvalResult) -> dict[str, EvalResult]:
+        """A result's questions on videos as short as those taught, and on longer ones."""
+        parts: dict[str, list[Prediction]] = {"taught": [], "longer": []}
+        for prediction in result.predictions:
+            parts["longer" if prediction.problem_id in self.longer else "taught"].append(prediction)
+        return {name: EvalResult(tuple(part)) for name, part in parts.items()}
+
+    def story(self) -> list[str]:
+        """What SFT could do and what RL added, in words, from the numbers; one string a paragraph."""
+        reasoning, start, end = map(self.by_length, (self.reasoning, self.sft, self.grpo))
         gain = 100 * (self.grpo.accuracy - self.sft.accuracy)
-        return (
-            f"SFT was taught, with worked reasoning, on {self.taught}. On new questions of that kind it is right in "
-            f"{_percent(self.sft_easy)} of cases. The questions of this page are harder: {self.examined}. There the SFT model "
-            f"is right in {_percent(self.sft)} of cases. GRPO then trained on other videos of that harder kind with nothing but "
-            "a reward for a right answer in the right form: no reasoning was shown to it. It is now right in "
-            f"{_percent(self.grpo)} of cases ({gain:+.1f} points), and in {_percent(self.grpo_easy)} of the easy ones. With black "
-            f"frames in place of the videos it is right in {_percent(self.blank)} (chance is {100 * self.grpo.chance:.1f} %)."
-        )
+        over = 100 * (self.grpo.accuracy - self.reasoning.accuracy)
+        return [
+            f"SFT first teaches worked reasoning on videos with 1 to {TAUGHT_EVENTS} events that matter, and a few with more. "
+            f"Asked to reason, that model is right in {_percent(self.reasoning)} of cases: {_percent(reasoning['taught'])} on "
+            f"videos of the length taught, {_percent(reasoning['longer'])} on longer ones. SFT then ends with direct answers: "
+            "the model seldom reasons any more, and without reasoning it is right in "
+            f"{_percent(self.sft)}, where chance is {100 * self.grpo.chance:.1f} %. GRPO starts there.",
+            "GRPO sees no reasoning: its only signal is a reward for a right answer in the right form. It is now right in "
+            f"{_percent(self.grpo)} of cases ({gain:+.1f} points): {_percent(end['taught'])} (from {_percent(start['taught'])}) "
+            f"on videos of the length taught, {_percent(end['longer'])} (from {_percent(start['longer'])}) on longer ones. "
+            f"Beside the model that was taught to reason, it differs by {over:+.1f} points: what is beyond that model RL "
+            "added; the rest is reasoning which SFT had taught and RL found to be worth its while.",
+            f"With black frames in place of the videos it is right in {_percent(self.blank)}.",
+        ]
 
 
 def write_report(directory: Path, findings: Findings, grpo: GrpoRunConfig, rows: Sequence[Row]) -> Path:
@@ -110,11 +131,10 @@ def write_report(directory: Path, findings: Findings, grpo: GrpoRunConfig, rows:
         machine=f"{os.cpu_count()} CPU cores ({platform.machine()})",
         total_seconds=sum(findings.seconds.values()),
         scores=[
-            ("SFT", findings.sft.summary()),
+            ("SFT, reasoning", findings.reasoning.summary()),
+            ("SFT, direct answers: where GRPO starts", findings.sft.summary()),
             ("SFT + GRPO", findings.grpo.summary()),
             ("SFT + GRPO, frames blanked", findings.blank.summary()),
-            ("SFT, easy questions", findings.sft_easy.summary()),
-            ("SFT + GRPO, easy questions", findings.grpo_easy.summary()),
         ],
         always={"letter": letter, "accuracy": share},
         frames_questions=len(next(iter(findings.grpo_frames.values())).predictions),

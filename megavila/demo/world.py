@@ -1,36 +1,40 @@
-"""The videos of the demo: short ones to be taught on, longer ones to be trained and examined on."""
+"""The videos of the demo: SFT is taught on short ones and a few longer ones, RL and the exam ask about both alike."""
 
 from pathlib import Path
 
+from megavila.data.row import Row
 from megavila.data.synth import DifficultyRange, SplitConfig, WorldConfig
 
-SHORT = DifficultyRange(events=(1, 3), decoys=(0, 1), slack_seconds=(0, 6))
-LONG = DifficultyRange(events=(2, 6), decoys=(0, 1))
-EXAM = DifficultyRange(events=(4, 6), decoys=(0, 1))
+TAUGHT_EVENTS = 3
+SHORT = DifficultyRange(events=(1, TAUGHT_EVENTS), decoys=(0, 1), slack_seconds=(0, 6))
+LONGER = DifficultyRange(events=(TAUGHT_EVENTS + 1, 5), decoys=(0, 1))
+ASKED = DifficultyRange(events=(1, 5), decoys=(0, 1))
 
-COUNTS = {"sft": 2000, "rl": 1000, "exam": 1008, "easy": 252}
+COUNTS = {"sft": 1900, "sft_longer": 100, "rl": 1000, "exam": 1008}
 
 DARK_SHARE = 0.03
 
-TAUGHT = "videos with 1 to 3 events that matter"
-EXAMINED = "videos with 4 to 6 events, more than SFT ever saw"
-
 
 def demo_world(directory: Path, seed: int, quick: bool = False) -> WorldConfig:
-    """Splits `sft`, `rl`, `exam` and `easy` (new videos like those of `sft`); no two share a video.
+    """Splits `sft`, `sft_longer`, `rl` and `exam`; no two share a video.
 
     quick: a few videos each, enough to walk through every stage.
     """
-    counts = {"sft": 24, "rl": 12, "exam": 12, "easy": 12} if quick else COUNTS
+    counts = {"sft": 24, "sft_longer": 12, "rl": 12, "exam": 12} if quick else COUNTS
     return WorldConfig(
         out_dir=directory,
         splits=(
             SplitConfig("sft", counts["sft"], SHORT, dark_share=DARK_SHARE),
-            SplitConfig("rl", counts["rl"], LONG),
-            SplitConfig("exam", counts["exam"], EXAM),
-            SplitConfig("easy", counts["easy"], SHORT),
+            SplitConfig("sft_longer", counts["sft_longer"], LONGER),
+            SplitConfig("rl", counts["rl"], ASKED),
+            SplitConfig("exam", counts["exam"], ASKED),
         ),
         seed=seed,
         fps=2,
         crf=32,
     )
+
+
+def is_longer(row: Row) -> bool:
+    """Whether more happens in the row's video than in those that SFT was mostly taught on."""
+    return row.extra["difficulty"]["events"] > TAUGHT_EVENTS

@@ -24,7 +24,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_report_and_summary(demo: Path) -> None:
     summary = json.loads((demo / "summary.json").read_text())
-    assert set(summary["accuracy"]) == {"sft", "grpo", "grpo_blank_frames", "chance"}
+    assert set(summary["accuracy"]) == {"sft_reasoning", "sft", "grpo", "grpo_blank_frames", "chance"}
     assert summary["accuracy"]["chance"] == pytest.approx(1 / 3)
     assert set(summary["accuracy_by_category"]["grpo"]) == {
         "Spatial",
@@ -36,7 +36,7 @@ def test_report_and_summary(demo: Path) -> None:
     assert set(summary["seconds"]) == {"data", "sft", "grpo", "eval"} and min(summary["seconds"].values()) > 0
     page = (demo / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 3 + 4  # three figures and a film strip for each category
-    for stage in ("align", "sft", "grpo"):
+    for stage in ("align", "sft", "direct", "grpo"):
         assert len((demo / stage / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -49,7 +49,7 @@ def test_a_finished_demo_is_not_done_again(demo: Path) -> None:
 
 
 def test_other_commands_on_what_it_made(demo: Path, tmp_path: Path) -> None:
-    rows, model = str(demo / "data" / "easy.jsonl"), str(demo / "grpo" / "hf")
+    rows, model = str(demo / "data" / "exam.jsonl"), str(demo / "grpo" / "hf")
     config = str(Path(__file__).parents[2] / "megavila" / "demo" / "eval.yaml")
     scores = megavila(
         "eval",

@@ -18,7 +18,6 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
     slots, duration = timeline(difficulty, rng)
     owner = int(rng.integers(3))
     name = PEOPLE[owner]
-    order = rng.permutation(3).tolist()
     events = [
         Event(
             0.0,
@@ -26,7 +25,7 @@ def make(difficulty: Difficulty, rng: np.random.Generator) -> Scene:
             "intro",
             f"gem {name}",
             f"the person in {name} shows a gem and puts it into a bag",
-            {"owner": owner, "order": order},
+            {"owner": owner},
         )
     ]
     for slot in slots:
@@ -75,7 +74,7 @@ def derive(events: list[Event]) -> int:
 
 
 def paint(scene: Scene, canvas: Canvas, time: float) -> None:
-    """Thief left, victim right, the bag wandering left between them; a curtain between scenes."""
+    """The owner alone; then thief left, victim right, the bag wandering left between them; a curtain between scenes."""
     event, progress = scene.at(time)
     if event is None:
         canvas.put("rect", PURPLE, 0.4, 1.5, 0.8, 4.0)
@@ -83,10 +82,8 @@ def paint(scene: Scene, canvas: Canvas, time: float) -> None:
         return
     canvas.put("rect", WHITE, 1.5, 2.9, 4.0, 0.4)
     if event.kind == "intro":
-        for column, person in enumerate(event.args["order"]):
-            canvas.person(NAMED[PEOPLE[person]], column + 0.5, 1.9)
-            if person == event.args["owner"]:
-                canvas.put("gem", YELLOW, column + 0.5, 0.5, 0.85)
+        canvas.person(NAMED[PEOPLE[event.args["owner"]]], 1.5, 1.9)
+        canvas.put("gem", YELLOW, 1.5, 0.5, 0.85)
         return
     left, right = event.args["take" if "take" in event.args else "meet"]
     canvas.person(NAMED[PEOPLE[left]], 0.5, 1.7)
