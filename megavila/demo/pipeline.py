@@ -30,7 +30,7 @@ from megavila.sft.run import run_sft
 _CONFIGS = Path(__file__).parent
 SPLITS = ("sft", "sft_longer", "rl", "exam")
 FRAME_COUNTS = (4, 8, 12, 16, 24, 32)
-FRAMES_QUESTIONS = 200
+FRAMES_QUESTIONS = 252
 CAPTIONS_PER_VIDEO = 6
 LAST_SECOND = 64  # of the time labels that the tokenizer knows
 GIB = 2**30

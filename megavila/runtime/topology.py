@@ -1,5 +1,6 @@
 """Where this process stands: ranks, degrees and process groups. Nothing else reads them."""
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from megavila.runtime import megatron_cpu
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import configure_logging
 from megavila.runtime.platform import Platform
+
+_worlds = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,12 @@ def _join(platform: Platform) -> None:
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun's
         device_id = platform.device if platform.name == "cuda" else None
-        dist.init_process_group(platform.backend, init_method="env://", device_id=device_id)
+        store, rank, world_size = next(dist.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
+        # torchrun's store outlives the groups: without a name of its own, a second world would meet the first one's keys.
+        store = dist.PrefixStore(f"megavila/{next(_worlds)}", store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(
+            platform.backend, store=store, rank=rank, world_size=world_size, device_id=device_id
+        )
     else:  # a world of one needs no port
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(platform.backend, store=store, rank=0, world_size=1)

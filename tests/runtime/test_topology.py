@@ -143,10 +143,11 @@ def test_under_torchrun(tmp_path: Path) -> None:
         "from megavila.runtime.platform import get_platform\n"
         "from megavila.runtime.topology import initialize, shutdown\n"
         "from megavila.runtime.collectives import gather_objects\n"
-        "t = initialize(ParallelConfig(tensor_parallel=2), get_platform('cpu'))\n"
-        "ranks = gather_objects((t.rank, t.tensor_rank, t.data), t.world_group)\n"
-        "if t.is_main: print(ranks)\n"
-        "shutdown()\n"
+        "for degree in (1, 2):\n"  # a second world in the same processes
+        "    t = initialize(ParallelConfig(tensor_parallel=degree), get_platform('cpu'))\n"
+        "    ranks = gather_objects((t.rank, t.tensor_rank, t.data), t.world_group)\n"
+        "    if t.is_main: print(ranks)\n"
+        "    shutdown()\n"
     )
     repository = Path(__file__).resolve().parents[2]
     command = [
@@ -161,4 +162,4 @@ def test_under_torchrun(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[(0, 0, 1), (1, 1, 1)]"
+    assert done.stdout.splitlines()[-2:] == ["[(0, 0, 2), (1, 0, 2)]", "[(0, 0, 1), (1, 1, 1)]"]
