@@ -47,6 +47,23 @@ MODELS: dict[str, dict[str, Any]] = {
         },
         "vision": {**_SMALL_TOWER, "image_size": 112},
     },
+    "long": {  # 36 tokens a frame and little else: 250,000 tokens on two CPU cores
+        "language": {
+            "hidden_size": 64,
+            "num_layers": 1,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "ffn_hidden_size": 128,
+        },
+        "vision": {
+            "hidden_size": 48,
+            "num_layers": 1,
+            "num_heads": 2,
+            "intermediate_size": 96,
+            "patch_size": 14,
+            "image_size": 168,
+        },
+    },
     "qwen2-0.5b": {  # Qwen2-0.5B and SigLIP-SO400M, 256 tokens a frame
         "language": {
             "hidden_size": 896,
