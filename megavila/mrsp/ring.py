@@ -1,0 +1,196 @@
+"""Ring attention: each rank keeps its queries while the ranks' keys and values pass by.
+
+At step i rank r holds the block of rank r - i, attends to what its queries see of it and joins the result to
+what it has, in fp32: out and log-sum-exp are rounded once, after the last step, so the error does not grow
+with the number of ranks. In the backward pass the blocks go round again, each with an fp32 accumulator of its
+dK and dV behind it, which comes home after the last step. Given the final out and log-sum-exp the partial
+gradients of each block are exact.
+
+A block is all that a rank holds, prompt and responses alike. To gather the responses' keys beforehand and send
+only the prompt's round moves the same number of bytes, in two mechanisms instead of one and with a gather that
+nothing hides.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megavila_kernels import IntervalMask
+from megavila_kernels.interval_attention.torch_backend import attend_backward, attend_forward
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Transfer(Protocol):
+    """A send or a receive on its way."""
+
+    def wait(self) -> Any:
+        """Return when the tensor may be read or written again."""
+        ...
+
+
+class Neighbours(Protocol):
+    """This rank's place in the ring and its connection to the ranks beside it."""
+
+    rank: int
+    size: int
+
+    def shift(self, send: Tensor, receive: Tensor) -> Sequence[Transfer]:
+        """Start to send to the next rank and to receive from the one before; both contiguous."""
+        ...
+
+
+class GroupNeighbours:
+    """`Neighbours` over a process group of at least two ranks."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = group.rank(), group.size()
+        self._next = dist.get_global_rank(group, (self.rank + 1) % self.size)
+        self._previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
+
+    def shift(self, send: Tensor, receive: Tensor) -> Sequence[Transfer]:
+        """See `Neighbours`. An empty block is not sent; its size is known on both sides."""
+        transfers = []
+        if send.numel():
+            transfers.append(dist.P2POp(dist.isend, send, self._next, self.group))
+        if receive.numel():
+            transfers.append(dist.P2POp(dist.irecv, receive, self._previous, self.group))
+        return dist.batch_isend_irecv(transfers) if transfers else []
+
+
+class RingAttention:
+    """Attention strategy over a ring of at least two ranks.
+
+    Args:
+        neighbours: the connection; every rank must call the strategy, and its backward pass, in the same order.
+        masks: for each rank of the ring what this rank's queries see of its block, None for nothing.
+        block_sizes: tokens of each rank of the ring. Rows of q, k and v beyond this rank's own are padding:
+            they take no part and come out as zeros.
+    """
+
+    def __init__(
+        self, neighbours: Neighbours, masks: Sequence[IntervalMask | None], block_sizes: Sequence[int]
+    ) -> None:
+        self.neighbours = neighbours
+        self.masks = masks
+        self.block_sizes = block_sizes
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q (t, heads, d); k, v (t, kv_heads, d); returns (t, heads, d)."""
+        padding = len(q) - self.block_sizes[self.neighbours.rank]
+        if padding:
+            q, k, v = (x[:-padding] for x in (q, k, v))
+        out: Tensor = _RingAttend.apply(q, k, v, self, scale)  # type: ignore[assignment]
+        return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """out (t, heads, d) and lse (t, heads), both fp32 (fp64 for fp64 inputs)."""
+        dtype = _accumulation_dtype(q)
+        out = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        lse = torch.full(q.shape[:2], float("-inf"), dtype=dtype, device=q.device)
+        block = torch.stack((k, v))
+        for step in range(self.neighbours.size):
+            following, transfers = self._pass_on(block, step)
+            mask = self._mask_at(step)
+            if mask is not None:
+                plan = mask.plan(q.shape[1], k.shape[1], q.device)
+                join(out, lse, *attend_forward(q, block[0], block[1], plan, scale))
+            _finish(transfers)
+            block = following
+        return out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq (t, heads, d), dk and dv (t, kv_heads, d) in fp32 (fp64 for fp64 inputs)."""
+        dtype = _accumulation_dtype(q)
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        block = torch.stack((k, v))
+        gradient = self._buffer("gradients", 0, self.neighbours.rank, k, dtype).zero_()
+        arriving: Sequence[Transfer] = ()
+        for step in range(self.neighbours.size):
+            following, transfers = self._pass_on(block, step)
+            mask, part = self._mask_at(step), None
+            if mask is not None:
+                plan = mask.plan(q.shape[1], k.shape[1], q.device)
+                part = attend_backward(dout, None, q, block[0], block[1], out, lse, plan, scale)
+                dq += part[0]
+            _finish(arriving)  # what the ranks before have added to this block's gradient
+            if part is not None:
+                gradient[0] += part[1]
+                gradient[1] += part[2]
+            received = self._buffer("gradients", step + 1, self._holder_at(step + 1), k, dtype)
+            arriving = self.neighbours.shift(gradient, received)
+            gradient = received
+            _finish(transfers)
+            block = following
+        _finish(arriving)
+        return dq, gradient[0], gradient[1]
+
+    def _holder_at(self, step: int) -> int:
+        """Whose block is here at a step."""
+        return (self.neighbours.rank - step) % self.neighbours.size
+
+    def _mask_at(self, step: int) -> IntervalMask | None:
+        return self.masks[self._holder_at(step)]
+
+    def _pass_on(self, block: Tensor, step: int) -> tuple[Tensor, Sequence[Transfer]]:
+        """Send the block of a step on and receive the next one, unless this is the last."""
+        if step + 1 == self.neighbours.size:
+            return block, ()
+        following = self._buffer("blocks", step, self._holder_at(step + 1), block[0], block.dtype)
+        return following, self.neighbours.shift(block, following)
+
+    def _buffer(self, name: str, step: int, holder: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """(2, tokens of the holder, kv_heads, d), one of two that alternate and serve all layers."""
+        row = like.shape[1] * like.shape[2]
+        size = 2 * max(self.block_sizes) * row
+        buffers = self._buffers.get((name, dtype))
+        if buffers is None or buffers.shape[1] < size:
+            buffers = torch.empty(2, size, dtype=dtype, device=like.device)
+            self._buffers[name, dtype] = buffers
+        tokens = self.block_sizes[holder]
+        return buffers[step % 2, : 2 * tokens * row].view(2, tokens, *like.shape[1:])
+
+
+def join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Add to (out, lse) of a softmax, in place, what it makes of further keys.
+
+    out, part: (t, heads, d); lse, part_lse: (t, heads), -inf for rows that have seen nothing.
+    """
+    total = torch.logaddexp(lse, part_lse)
+    pivot = total.masked_fill(total == float("-inf"), 0.0)
+    out.mul_((lse - pivot).exp_()[..., None])
+    out.addcmul_(part, (part_lse - pivot).exp_()[..., None])
+    lse.copy_(total)
+
+
+class _RingAttend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention, scale: float) -> Tensor:
+        out, lse = ring.forward(q, k, v, scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.ring, ctx.scale = ring, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = ctx.ring.backward(grads[0], q, k, v, out, lse, ctx.scale)
+        # dk and dv lie in buffers that the next layer writes to.
+        return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True), None, None
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _finish(transfers: Sequence[Transfer]) -> None:
+    for transfer in transfers:
+        transfer.wait()
