@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megavila.models.vlm import VisionLanguageModel
+from megavila.mrsp.context_parallel import take_shard
 from megavila.mrsp.layout import Layout
 
 MediaRows = Tensor | Sequence[Tensor | None] | None
@@ -55,13 +56,16 @@ def _predict(
     chunk: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    rows = join_media_rows(media_rows)
-    embeddings = model.embed(layout.token_ids, layout.media_index, rows)
-    context = layout.context(model.config.attention_backend)
-    hidden = model(embeddings, context).index_select(0, layout.predictor_rows)
-    return model.token_logprobs(
-        hidden, layout.targets, temperature=temperature, chunk=chunk, with_entropy=with_entropy
+    shard = take_shard(layout, model.language.topology, model.config.attention_backend)
+    hidden = model(shard.embed(model, join_media_rows(media_rows)), shard.context)
+    logprobs, entropy = model.token_logprobs(
+        hidden.index_select(0, shard.predictor_rows),
+        shard.targets,
+        temperature=temperature,
+        chunk=chunk,
+        with_entropy=with_entropy,
     )
+    return shard.collect(logprobs), None if entropy is None else shard.collect(entropy)
 
 
 def join_media_rows(media_rows: MediaRows) -> Tensor | None:

@@ -22,6 +22,11 @@ from megavila_kernels.interval_attention.torch_backend import attend_backward, a
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megavila.runtime.errors import MegavilaError
+
+# Those that give fp32 partial results and take the final ones for the backward pass.
+BACKENDS = ("auto", "torch")
+
 
 class Transfer(Protocol):
     """A send or a receive on its way."""
@@ -69,11 +74,23 @@ class RingAttention:
         masks: for each rank of the ring what this rank's queries see of its block, None for nothing.
         block_sizes: tokens of each rank of the ring. Rows of q, k and v beyond this rank's own are padding:
             they take no part and come out as zeros.
+        backend: of the interval kernel, as `model.attention_backend`.
+
+    Raises MegavilaError for a backend that cannot continue a softmax.
     """
 
     def __init__(
-        self, neighbours: Neighbours, masks: Sequence[IntervalMask | None], block_sizes: Sequence[int]
+        self,
+        neighbours: Neighbours,
+        masks: Sequence[IntervalMask | None],
+        block_sizes: Sequence[int],
+        backend: str = "auto",
     ) -> None:
+        if backend not in BACKENDS:
+            raise MegavilaError(
+                f"ring attention has no backend {backend!r}; use model.attention_backend in {list(BACKENDS)} "
+                "or parallel.cp_comm_type a2a (Ulysses)"
+            )
         self.neighbours = neighbours
         self.masks = masks
         self.block_sizes = block_sizes

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core import parallel_state
 from megavila.config.model import divisors
 from megavila.config.parallel import ParallelConfig
 from megavila.runtime import megatron_cpu
+from megavila.runtime.collectives import gather_objects
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import configure_logging
 from megavila.runtime.platform import Platform
@@ -22,7 +24,8 @@ _worlds = itertools.count()
 class Topology:
     """Degrees, this process's coordinates and its groups; built by `initialize`.
 
-    A replica of the model is tensor x context ranks: the MR-SP group, which shares the videos.
+    A replica of the model is tensor x context ranks: the MR-SP group, which shares the videos. Context ranks are
+    `ring` Ulysses groups of `ulysses` ranks: context_rank = ring_rank * ulysses + ulysses_rank.
     Groups order their ranks as the coordinate that varies within them.
     """
 
@@ -38,12 +41,16 @@ class Topology:
     context_rank: int
     data_rank: int
     pipeline_rank: int
+    ulysses_rank: int
+    ring_rank: int
     sequence_parallel: bool  # in effect: asked for, and more than one tensor-parallel rank
     tensor_group: dist.ProcessGroup
     context_group: dist.ProcessGroup
     data_group: dist.ProcessGroup
     mrsp_group: dist.ProcessGroup  # tensor x context: the ranks of one replica
     data_context_group: dist.ProcessGroup  # data x context: the ranks that hold the same weights
+    ulysses_group: dist.ProcessGroup  # runs of `ulysses` context ranks side by side
+    ring_group: dist.ProcessGroup  # context ranks with the same place in their Ulysses groups
     world_group: dist.ProcessGroup
 
     @property
@@ -98,6 +105,9 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Topology:
         context_parallel_size=parallel.context_parallel,
         create_gloo_process_groups=platform.name == "cuda",  # on a CPU the groups are gloo already
     )
+    context_rank = parallel_state.get_context_parallel_rank()
+    context_group = _built(parallel_state.get_context_parallel_group())
+    ulysses_group, ring_group = _context_subgroups(context_group, parallel.ulysses)
     topology = Topology(
         tensor=parallel.tensor_parallel,
         context=parallel.context_parallel,
@@ -108,19 +118,48 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Topology:
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        context_rank=parallel_state.get_context_parallel_rank(),
+        context_rank=context_rank,
         data_rank=parallel_state.get_data_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        ulysses_rank=context_rank % parallel.ulysses,
+        ring_rank=context_rank // parallel.ulysses,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel > 1,
         tensor_group=_built(parallel_state.get_tensor_model_parallel_group()),
-        context_group=_built(parallel_state.get_context_parallel_group()),
+        context_group=context_group,
         data_group=_built(parallel_state.get_data_parallel_group()),
         mrsp_group=_built(parallel_state.get_tensor_and_context_parallel_group()),
         data_context_group=_built(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        ulysses_group=ulysses_group,
+        ring_group=ring_group,
         world_group=_built(dist.group.WORLD),
     )
     configure_logging(is_main=topology.is_main, rank=topology.rank)
     return topology
+
+
+def _context_subgroups(
+    context_group: dist.ProcessGroup, ulysses: int
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's Ulysses group and ring group. All ranks of the world take part."""
+    own = dist.get_process_group_ranks(context_group)
+    if len(own) == 1:
+        return context_group, context_group
+    ulysses_group = ring_group = context_group
+    everywhere = sorted(set(gather_objects(tuple(own), _built(dist.group.WORLD))))
+    for ranks in everywhere:  # each rank must take part in building every group
+        if ulysses < len(ranks):
+            for first in range(0, len(ranks), ulysses):
+                ulysses_group = _joined(ranks[first : first + ulysses], ulysses_group)
+        if ulysses > 1:
+            for place in range(ulysses):
+                ring_group = _joined(ranks[place::ulysses], ring_group)
+    return ulysses_group, ring_group
+
+
+def _joined(ranks: Sequence[int], otherwise: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The new group of these ranks if this one is among them."""
+    group = dist.new_group(list(ranks))
+    return _built(group) if dist.get_rank() in ranks else otherwise
 
 
 def shutdown() -> None:

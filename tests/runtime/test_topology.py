@@ -74,7 +74,30 @@ def _on_four_ranks(rank: int) -> dict[str, Any]:
     with_data = _coordinates_and_groups(rank, 2, 1)
     parallel_state.destroy_model_parallel()
     with_context = _coordinates_and_groups(rank, 2, 2)
-    return {"tp2 x dp2": with_data, "tp2 x cp2": with_context, "collectives": _collectives(rank)}
+    result = {"tp2 x dp2": with_data, "tp2 x cp2": with_context, "collectives": _collectives(rank)}
+    for name, settings in CONTEXT.items():
+        parallel_state.destroy_model_parallel()
+        result[name] = _context_subgroups(rank, settings)
+    return result
+
+
+CONTEXT: dict[str, dict[str, Any]] = {
+    "ring": {"context_parallel": 4},
+    "ulysses": {"context_parallel": 4, "cp_comm_type": "a2a"},
+    "hybrid": {"context_parallel": 4, "cp_comm_type": "a2a+p2p", "cp_ulysses": 2},
+    "two ulysses": {"context_parallel": 2, "cp_comm_type": "a2a"},
+}
+
+
+def _context_subgroups(rank: int, settings: dict[str, Any]) -> tuple[Any, ...]:
+    topology = initialize(ParallelConfig(**settings), get_platform("cpu"))
+    groups = (topology.ulysses_group, topology.ring_group)
+    ranks = [dist.get_process_group_ranks(group) for group in groups]
+    assert [gather_objects(rank, group) for group in groups] == ranks  # each really communicates
+    places = (topology.ulysses_rank, topology.ring_rank)
+    assert places == tuple(dist.get_rank(group) for group in groups)
+    assert (topology.ulysses, topology.ring) == tuple(group.size() for group in groups)
+    return (*places, *ranks)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +121,20 @@ def test_context_parallel_replica_is_one_mrsp_group(four_ranks: list[dict[str, A
     assert all(r["mrsp_group"] == [0, 1, 2, 3] for r in ranks)
     assert [r["context_group"] for r in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [r["data_context_group"] for r in ranks] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+
+
+def test_ulysses_groups_are_neighbours_and_rings_join_them(four_ranks: list[dict[str, Any]]) -> None:
+    found = {name: [r[name] for r in four_ranks] for name in CONTEXT}
+    assert found["ring"] == [(0, r, [r], [0, 1, 2, 3]) for r in range(4)]
+    assert found["ulysses"] == [(r, 0, [0, 1, 2, 3], [r]) for r in range(4)]
+    assert found["hybrid"] == [
+        (0, 0, [0, 1], [0, 2]),
+        (1, 0, [0, 1], [1, 3]),
+        (0, 1, [2, 3], [0, 2]),
+        (1, 1, [2, 3], [1, 3]),
+    ]
+    # Context ranks are next to each other with one tensor-parallel rank, and replicas follow.
+    assert found["two ulysses"] == [(r % 2, 0, [r // 2 * 2, r // 2 * 2 + 1], [r]) for r in range(4)]
 
 
 def test_collectives(four_ranks: list[dict[str, Any]]) -> None:

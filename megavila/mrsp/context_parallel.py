@@ -1,0 +1,146 @@
+"""One rank's part of a forward pass over a layout: its inputs, its attention, and the way its results join."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megavila.models.attention import AttentionContext, AttentionStrategy
+from megavila.models.vlm import VisionLanguageModel
+from megavila.mrsp.attention import LocalAttention
+from megavila.mrsp.gather import padded_shard_gather
+from megavila.mrsp.layout import Layout
+from megavila.mrsp.ring import GroupNeighbours, RingAttention
+from megavila.mrsp.sharding import Sharding, shard_layout
+from megavila.mrsp.ulysses import GroupExchange, UlyssesAttention
+from megavila.runtime.errors import MegavilaError
+from megavila.runtime.topology import Topology
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """What this context rank computes; with one rank that is the layout.
+
+    Attributes:
+        sharding: who holds what.
+        context: positions and attention of the shard's rows.
+        text_ids: (n_text,) token ids of the rows that are text.
+        source_index, row_index: (rows,) where each row's embedding lies: source 0 are the text rows, source 1
+            the media rows, -1 is padding; see `padded_shard_gather`.
+        target_numbers: (n,) the targets that this rank predicts, as numbers into the layout's.
+        predictor_rows: (n,) rows of the shard that predict them.
+        targets: (n,) their token ids.
+    """
+
+    sharding: Sharding
+    context: AttentionContext
+    text_ids: Tensor
+    source_index: Tensor
+    row_index: Tensor
+    target_numbers: Tensor
+    predictor_rows: Tensor
+    targets: Tensor
+    group: dist.ProcessGroup
+
+    def embed(self, model: VisionLanguageModel, media_rows: Tensor | None) -> Tensor:
+        """(rows, hidden) embeddings of the shard, zeros in padding; differentiable.
+
+        media_rows: (m, hidden), those of the whole layout, or None where it has none. Each rank's gradient of
+        them is the part that flows through its shard.
+        """
+        expected, given = self.sharding.layout.num_media_rows, 0 if media_rows is None else len(media_rows)
+        if given != expected:
+            raise MegavilaError(
+                f"the layout has {expected} media rows but {given} were given; "
+                "encode the same frames the prompts were built from"
+            )
+        text = model.language.embed(self.text_ids)
+        sources = [text] if media_rows is None else [text, media_rows.to(text.dtype)]
+        return padded_shard_gather(sources, self.source_index, self.row_index)
+
+    def collect(self, values: Tensor) -> Tensor:
+        """Values of all targets of the layout, (num_targets,), from each rank's own, (n,); differentiable.
+
+        Every rank gets all of them and is expected to compute the same from them: the gradient that flows back
+        is the one of this rank's own values, so that gradients of parameters, summed over context ranks, are
+        those of the loss and not a multiple of it.
+        """
+        if self.sharding.ranks == 1:
+            return values
+        total = self.sharding.layout.num_targets
+        return _Collect.apply(values, self.target_numbers, total, self.group)  # type: ignore[no-any-return]
+
+
+def take_shard(layout: Layout, topology: Topology, backend: str = "auto") -> Shard:
+    """This rank's shard of a layout, on the layout's device.
+
+    backend: of the interval kernel, as `model.attention_backend`.
+    """
+    # One rank needs no padding: sequence parallelism brings its own.
+    tensor = topology.tensor if topology.context > 1 else 1
+    sharding = shard_layout(layout, topology.context, topology.context_rank, tensor=tensor)
+    device = layout.token_ids.device
+    tokens = sharding.padded_tokens().to(device)
+    held = tokens.clamp(min=0)
+    real, media = tokens >= 0, layout.media_index[held]
+    is_text = real & (media < 0)
+    numbers, predictors = sharding.targets_of(sharding.rank)
+    numbers = numbers.to(device)
+    return Shard(
+        sharding=sharding,
+        context=AttentionContext(
+            position_ids=layout.position_ids[..., held].masked_fill(~real, 0),
+            attend=attention_over(sharding, topology, device, backend),
+        ),
+        text_ids=layout.token_ids[held[is_text]],
+        source_index=torch.where(real, torch.where(is_text, 0, 1), -1).int(),
+        row_index=torch.where(is_text, is_text.cumsum(0) - 1, media),
+        target_numbers=numbers,
+        predictor_rows=predictors.to(device),
+        targets=layout.targets[numbers],
+        group=topology.context_group,
+    )
+
+
+def attention_over(
+    sharding: Sharding, topology: Topology, device: torch.device, backend: str
+) -> AttentionStrategy:
+    """The attention strategy for a shard: Ulysses groups of neighbouring ranks, a ring of such groups, or both.
+
+    Neighbouring ranks hold neighbouring chunks of a prompt, from its front and from its end, so the tokens of a
+    Ulysses group are again one rank's share of the zigzag over the ring.
+    """
+    degree = topology.ulysses
+    members = [range(first, first + degree) for first in range(0, sharding.ranks, degree)]
+    blocks = [torch.cat([sharding.tokens[rank] for rank in group]).sort().values for group in members]
+    masks = [sharding.mask(blocks[topology.ring_rank], block) for block in blocks]
+    if topology.ring == 1:
+        assert masks[0] is not None  # every token sees itself
+        inner: AttentionStrategy = LocalAttention(masks[0], backend)
+    else:
+        inner = RingAttention(
+            GroupNeighbours(topology.ring_group), masks, [len(block) for block in blocks], backend
+        )
+    if degree == 1:
+        return inner
+    padded = [sharding.padded_tokens(rank) for rank in members[topology.ring_rank]]
+    return UlyssesAttention(GroupExchange(topology.ulysses_group), padded, inner, device)
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, numbers: Tensor, total: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.save_for_backward(numbers)
+        everyone = values.new_zeros(total)
+        everyone[numbers] = values
+        dist.all_reduce(everyone, group=group)  # one summand of each element is not zero
+        return everyone
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (numbers,) = ctx.saved_tensors
+        return grads[0][numbers], None, None, None
