@@ -151,6 +151,8 @@ def hf_gradients(model: VisionLanguageModel) -> dict[str, Tensor]:
         parameter = parameters[mapping.native]
         assert parameter.grad is not None, mapping.native
         gradient = parameter.grad.clone()
+        if topology.context > 1:
+            dist.all_reduce(gradient, group=topology.context_group)
         if topology.tensor > 1 and getattr(parameter, "sequence_parallel", False):
             dist.all_reduce(gradient, group=topology.tensor_group)
         shards = [gradient]
