@@ -114,10 +114,10 @@ class VisionConfig(Section):
 class ProjectorConfig(Section):
     """From vision features to rows of the language model's embedding space."""
 
-    kind: Literal["linear", "mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"] = knob(
-        "mlp_downsample_2x2_fix", "VILA's projector types."
-    )
-    temporal_pooling: int = knob(1, "Mean over so many consecutive frames before the projector.")
+    kind: Literal[
+        "linear", "mlp2x_gelu", "mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"
+    ] = knob("mlp_downsample_2x2_fix", "VILA's projector types.")
+    temporal_pooling: int = knob(1, "Mean over the projected rows of so many consecutive frames.")
 
     def validate(self) -> None:
         self.require_at_least(1, "temporal_pooling")

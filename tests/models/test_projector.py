@@ -63,9 +63,8 @@ def test_equals_vila_patch_by_patch(kind: str, grid: int) -> None:
     vision = VisionConfig(
         hidden_size=C, num_layers=1, num_heads=1, intermediate_size=4, image_size=grid * 5 + 3, patch_size=5
     )
-    if kind != "mlp2x_gelu":
-        config: Any = {"kind": kind}
-        assert tokens_per_frame(vision, ProjectorConfig(**config)) == expected.shape[1]
+    config: Any = {"kind": kind}
+    assert tokens_per_frame(vision, ProjectorConfig(**config)) == expected.shape[1]
 
 
 def test_rows_of_published_models() -> None:
