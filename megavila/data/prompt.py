@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from megavila.runtime.errors import MegavilaError
 
 # Names that tokenizers in use have for "a row of media goes here", the most particular first.
 _MEDIA_TOKENS = (MEDIA_TOKEN, "<vila/video>", "<|video_pad|>", "<|image_pad|>", "<image>")
+
+_REMEMBERED_TEXTS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +115,8 @@ class PromptBuilder:
         self.media_token_id = _media_token_id(tokenizer, media_token)
         self._positions = positions
         self._frame_text = FrameText(config.frame_template)
+        # Texts between frames recur: in a prompt where frames are not timed, in all prompts where they are.
+        self._encode = lru_cache(maxsize=_REMEMBERED_TEXTS)(tokenizer.encode)
 
     def build(self, row: Row) -> Prompt:
         """The prompt of one row. Raises MediaError for an unreadable video, MegavilaError for one too long."""
@@ -176,7 +181,7 @@ class PromptBuilder:
         def flush() -> None:
             nonlocal text
             if text:
-                ids.extend(self.tokenizer.encode(text))
+                ids.extend(self._encode(text))
                 text = ""
 
         for part in parts:

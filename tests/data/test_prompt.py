@@ -203,3 +203,35 @@ def test_response_ends_with_the_end_token(tokenizer: Tokenizer) -> None:
     assert ids.dtype == torch.int64 and int(ids[-1]) == tokenizer.eos_id
     assert tokenizer.decode(ids.tolist()) == "<think> left </think> <answer> A </answer>"
     assert builder.encode_response("<|im_end|> left").tolist().count(tokenizer.eos_id) == 1
+
+
+class CountingTokenizer:
+    """Another tokenizer, counting what it is asked to encode."""
+
+    def __init__(self, inner: Tokenizer) -> None:
+        self.inner = inner
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def encode(self, text: str) -> list[int]:
+        self.calls += 1
+        return self.inner.encode(text)
+
+
+@pytest.mark.parametrize("frame_template", ["first {media} then", "t{time} {media}"])
+def test_texts_between_frames_are_tokenized_once(
+    tokenizer: Tokenizer, videos: tuple[str, str], frame_template: str
+) -> None:
+    counting: Any = CountingTokenizer(tokenizer)
+    data = DataConfig(num_frames=7, frame_template=frame_template)
+    builder = PromptBuilder(counting, PromptTemplate("plain"), data, 3)
+    row = Row("1", PROBLEM, videos=videos[1:])
+    prompt = builder.build(row)
+    # Before the first frame, after the last, and between them: always the same text, or one for each time.
+    assert counting.calls == 2 + (1 if "then" in frame_template else 6)
+    again = builder.build(row)
+    assert counting.calls == 2 + (1 if "then" in frame_template else 6)
+    fresh = make(tokenizer, row, num_frames=7, frame_template=frame_template)
+    assert torch.equal(prompt.token_ids, fresh.token_ids) and torch.equal(again.token_ids, fresh.token_ids)
