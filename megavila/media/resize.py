@@ -18,7 +18,8 @@ def upright(image: np.ndarray, rotation: int) -> np.ndarray:
 def resize_frame(frame: torch.Tensor, size: tuple[int, int] | None) -> torch.Tensor:
     """Resample `frame`, uint8 (3, h, w), to `size` = (height, width) with antialiased bicubic filtering on uint8.
 
-    The filter is Pillow's bicubic (support widened when shrinking), which the models' own preprocessors use.
+    The filter is Pillow's bicubic (support widened when shrinking), which the models' own preprocessors use, with
+    weights of 16 bits in place of Pillow's 32: under 1 % of the values differ, by 1 and very rarely 2 grey levels.
     """
     if size is None or tuple(frame.shape[-2:]) == size:
         return frame
