@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 
 #if defined(__SSE2__)
@@ -132,6 +133,22 @@ void scatter_add_cpu(const at::Tensor& grad, const at::Tensor& source_index, con
   });
 }
 
+void check_out(const at::Tensor& out, const std::vector<at::Tensor>& sources, const at::Tensor& source_index,
+               int64_t width) {
+  TORCH_CHECK_VALUE(out.dim() == 2 && out.size(0) == source_index.size(0) && out.size(1) == width &&
+                        out.scalar_type() == sources[0].scalar_type() && out.device() == source_index.device() &&
+                        out.is_contiguous(),
+                    "out must be a contiguous (", source_index.size(0), ", ", width, ") ", sources[0].scalar_type(),
+                    " on ", source_index.device(), "; got ", out.sizes(), " ", out.scalar_type(), " on ",
+                    out.device());
+  const auto* first = static_cast<const char*>(out.const_data_ptr());
+  for (const auto& source : sources) {
+    const auto* from = static_cast<const char*>(source.const_data_ptr());
+    TORCH_CHECK_VALUE(from >= first + out.nbytes() || from + source.nbytes() <= first,
+                      "out shares memory with a source; give it memory of its own");
+  }
+}
+
 void check(const std::vector<int64_t>& rows, const at::Tensor& source_index, const at::Tensor& row_index) {
   TORCH_CHECK_VALUE(source_index.dim() == 1 && source_index.sizes() == row_index.sizes(),
                     "source_index and row_index must both be (S,); got ", source_index.sizes(), " and ",
@@ -149,8 +166,9 @@ void check(const std::vector<int64_t>& rows, const at::Tensor& source_index, con
 
 }  // namespace
 
+// `into`: what to write instead of a new tensor, so that a loop allocates nothing.
 at::Tensor gather(const std::vector<at::Tensor>& sources, const at::Tensor& source_index,
-                  const at::Tensor& row_index) {
+                  const at::Tensor& row_index, const std::optional<at::Tensor>& into) {
   TORCH_CHECK_VALUE(!sources.empty(), "padded shard gather needs at least one source");
   const auto width = sources[0].size(-1);
   const auto dtype = sources[0].scalar_type();
@@ -167,7 +185,9 @@ at::Tensor gather(const std::vector<at::Tensor>& sources, const at::Tensor& sour
     rows.push_back(source.size(0));
   }
   check(rows, source_index, row_index);
-  auto out = at::empty({source_index.size(0), width}, sources[0].options().device(source_index.device()));
+  auto out = into ? *into
+                  : at::empty({source_index.size(0), width}, sources[0].options().device(source_index.device()));
+  if (into) check_out(out, dense, source_index, width);
   const auto from = source_index.contiguous(), row = row_index.contiguous();
 #if defined(WITH_CUDA)
   if (out.is_cuda()) {
@@ -213,7 +233,7 @@ std::vector<at::Tensor> scatter_add(const at::Tensor& grad, const at::Tensor& so
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Padded shard gather: one pass from several row sources to a rank's padded shard, and its backward.";
   m.def("gather", &megavila::gather, py::arg("sources"), py::arg("source_index"), py::arg("row_index"),
-        py::call_guard<py::gil_scoped_release>());
+        py::arg("out") = std::nullopt, py::call_guard<py::gil_scoped_release>());
   m.def("scatter_add", &megavila::scatter_add, py::arg("grad"), py::arg("source_index"), py::arg("row_index"),
         py::arg("rows"), py::arg("needed"), py::call_guard<py::gil_scoped_release>());
 }

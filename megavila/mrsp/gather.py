@@ -14,27 +14,37 @@ from megavila.runtime.logging import get_logger
 EXTENSION = "megavila._shard_gather"
 
 
-def padded_shard_gather(sources: Sequence[Tensor], source_index: Tensor, row_index: Tensor) -> Tensor:
+def padded_shard_gather(
+    sources: Sequence[Tensor], source_index: Tensor, row_index: Tensor, *, out: Tensor | None = None
+) -> Tensor:
     """Row i of the result is `sources[source_index[i]][row_index[i]]`, or zeros where source_index is -1.
 
     Args:
         sources: (rows_i, D) tensors of one dtype, on the indices' device; pinned host memory will do for CUDA.
         source_index: int32 (S,), -1 for padding.
         row_index: int64 (S,); not looked at where source_index is -1.
+        out: contiguous (S, D) to write instead of a new tensor, apart from the sources; only where no gradient
+            is wanted, because a result that carries one lives until its backward pass.
 
     Returns:
         (S, D) on the indices' device. Gradients are added up per source row in fp32 (fp64 for fp64), on a CPU
         in an order that does not depend on the number of threads.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit. IndexError: an index out of range (on CUDA the
+        ValueError: shapes, dtypes or devices that do not fit, or `out` with gradient. IndexError: an index out of range (on CUDA the
         kernel traps instead).
 
     Runs in C++ or CUDA where the extension is built, and in plain torch, with one warning, where it is not.
     """
     extension = load_extension()
+    if out is not None and torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+        raise ValueError(
+            "out cannot hold a result that carries gradient; leave it out, or use torch.no_grad()"
+        )
     if extension is None:
-        return reference_gather(sources, source_index, row_index)
+        return reference_gather(sources, source_index, row_index, out=out)
+    if out is not None:
+        return extension.gather(list(sources), source_index, row_index, out)
     return _ShardGather.apply(extension, source_index, row_index, *sources)  # type: ignore[no-any-return]
 
 
@@ -51,7 +61,9 @@ def load_extension() -> Any | None:
         return None
 
 
-def reference_gather(sources: Sequence[Tensor], source_index: Tensor, row_index: Tensor) -> Tensor:
+def reference_gather(
+    sources: Sequence[Tensor], source_index: Tensor, row_index: Tensor, *, out: Tensor | None = None
+) -> Tensor:
     """`padded_shard_gather` in plain torch: its specification, and the fallback."""
     device = source_index.device
     rows = torch.tensor([len(source) for source in sources], device=device)
@@ -68,7 +80,9 @@ def reference_gather(sources: Sequence[Tensor], source_index: Tensor, row_index:
     first = rows.cumsum(0) - rows
     padding = sources[0].new_zeros(1, sources[0].shape[1], device=device)
     flat = torch.cat([*(source.to(device) for source in sources), padding])
-    return flat.index_select(0, torch.where(real, first[known] + row_index, len(flat) - 1))
+    if out is not None and out.shape != (len(source_index), flat.shape[1]):  # index_select would resize it
+        raise ValueError(f"out must be ({len(source_index)}, {flat.shape[1]}); got {tuple(out.shape)}")
+    return torch.index_select(flat, 0, torch.where(real, first[known] + row_index, len(flat) - 1), out=out)
 
 
 class _ShardGather(torch.autograd.Function):

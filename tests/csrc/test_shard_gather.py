@@ -143,6 +143,31 @@ def test_large_outputs_and_unaligned_sources(extension: Any) -> None:
     assert torch.equal(out, by_hand(sources, source_index, row_index))
 
 
+def test_out_is_written_and_nothing_allocated(implementation: str) -> None:
+    sources, source_index, row_index = make_case([17, 0, 1, 63], 111, 33, torch.bfloat16, seed=5)
+    out = torch.full((111, 33), 7.0, dtype=torch.bfloat16)
+    assert padded_shard_gather(sources, source_index, row_index, out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, by_hand(sources, source_index, row_index))
+    for wrong in (out[:110], out[:, :32], out.float()):
+        with pytest.raises((ValueError, RuntimeError)):
+            padded_shard_gather(sources, source_index, row_index, out=wrong)
+    sources[0].requires_grad_()
+    with pytest.raises(ValueError, match="out cannot hold a result that carries gradient"):
+        padded_shard_gather(sources, source_index, row_index, out=out)
+    with torch.no_grad():
+        padded_shard_gather(sources, source_index, row_index, out=out)
+
+
+def test_out_apart_from_the_sources(extension: Any) -> None:
+    memory = torch.randn(20, 4)
+    index = torch.zeros(10, dtype=torch.int32)
+    with pytest.raises(ValueError, match="shares memory"):
+        extension.gather([memory[:11]], index, index.long(), memory[10:])
+    with pytest.raises(ValueError, match="contiguous"):
+        extension.gather([memory], index, index.long(), torch.empty(10, 8)[:, :4])
+    extension.gather([memory[:10]], index, index.long(), memory[10:])
+
+
 def test_empty_shard(implementation: str) -> None:
     nothing = torch.zeros(0, dtype=torch.int32)
     assert padded_shard_gather([torch.randn(3, 4)], nothing, nothing.long()).shape == (0, 4)
