@@ -116,11 +116,33 @@ class MrspConfig(Section):
         "shared_prefix",
         "One prompt followed by its G responses, or the prompt repeated for each (the baseline).",
     )
+    encode: Literal["sharded", "replicated"] = knob(
+        "sharded",
+        "Frames are split over the ranks of a replica (tensor x context), or every rank decodes and encodes all of "
+        "them (the baseline).",
+    )
+    frames_per_batch: int = knob(
+        64, "Frames in the vision tower at one time on each rank, which bounds the memory of its activations."
+    )
     reuse: Literal["step", "rollout", "none"] = knob(
         "step",
-        "Embeddings of a video are kept for the whole step, for the rollout only, or never (the baseline).",
+        "What encoded videos are shared by: all passes of a step, and later steps while there is room; the rollout's "
+        "prompts and responses only; one prompt's responses only (the baseline).",
     )
-    store_gib: float = knob(4.0, "Memory for embeddings on each rank, in GiB.")
+    store_gib: float = knob(4.0, "Memory for encoded videos on each rank, in GiB.")
+    store_dtype: Literal["auto", "bfloat16"] = knob(
+        "auto", "What encoded videos are kept in, and rounded to; auto: the model's own type."
+    )
+    store_dir: str | None = knob(
+        None,
+        "Directory where encoded videos are kept for later epochs and runs with the same vision tower; not used "
+        "while the tower trains. null: none.",
+    )
 
     def validate(self) -> None:
         self.require_at_least(0, "store_gib")
+        self.require_at_least(1, "frames_per_batch")
+        require(
+            self.store_dir is None or self.reuse == "step",
+            f"store_dir is {self.store_dir}, but reuse is {self.reuse}: nothing would be kept in it; set reuse to step",
+        )

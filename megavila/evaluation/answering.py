@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megavila.config import EvalConfig
+from megavila.config import EvalConfig, MrspConfig
 from megavila.data import Prompt, PromptBuilder, PromptTemplate, Row, Tokenizer, read_rows
 from megavila.evaluation.loading import open_model
 from megavila.media import FrameCache, MediaError, get_decoder
 from megavila.models import VisionLanguageModel, tokens_per_frame
-from megavila.mrsp.encode import encode_videos
-from megavila.mrsp.store import EmbeddingStore
+from megavila.mrsp.encode import VideoEncoder
+from megavila.mrsp.shards import ShardedRows
 from megavila.rollout.megatron import MegatronEngine
 from megavila.rollout.protocol import Response, RolloutEngine, SamplingParams
 from megavila.runtime.errors import MegavilaError
@@ -42,8 +42,7 @@ class Answerer:
     tokenizer: Tokenizer
     model: VisionLanguageModel
     engine: RolloutEngine
-    frames: FrameCache
-    store: EmbeddingStore
+    encoder: VideoEncoder
 
     def rows(self) -> list[Row]:
         """All rows of `data.eval`, or the first `limit` of them."""
@@ -112,7 +111,7 @@ class Answerer:
         if not prompt.videos:
             return None
         if not blank:
-            return encode_videos(self.model, prompt.videos, self.frames.load, self.store, grad=False)
+            return ShardedRows.join(self.encoder.encode_or_raise(prompt.videos)).whole()
         assert self.model.vision is not None
         size = self.model.vision.config.image_size
         device = self.model.language.output_weight().device
@@ -132,14 +131,17 @@ def open_answerer(config: EvalConfig, *, frames: FrameCache | None = None) -> It
         raise MegavilaError(f"engine {config.engine} cannot answer yet; use engine=megatron")
     with open_model(config) as loaded:
         model, tokenizer, topology = loaded.model, loaded.tokenizer, loaded.topology
+        frames = frames or FrameCache(
+            int(config.data.cache_frames_gib * GIB), get_decoder(config.data.decoder)
+        )
+        options = MrspConfig(store_gib=config.store_gib)
         yield Answerer(
             config,
             topology,
             tokenizer,
             model,
             MegatronEngine(model, tokenizer, topology, max_batch_tokens=config.max_batch_tokens),
-            frames or FrameCache(int(config.data.cache_frames_gib * GIB), get_decoder(config.data.decoder)),
-            EmbeddingStore(int(config.store_gib * GIB)),
+            VideoEncoder.from_config(options, model, frames.load, topology, config.data.decoder),
         )
 
 

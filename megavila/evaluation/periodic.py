@@ -50,6 +50,5 @@ def _answerer(session: "Session") -> Answerer:
         MegatronEngine(
             session.model, session.tokenizer, session.topology, max_batch_tokens=evaluation.max_batch_tokens
         ),
-        session.encoder.frames,
-        session.encoder.store,
+        session.encoder.videos,
     )

@@ -12,10 +12,10 @@ from megavila.data import Prompt, PromptBuilder, PromptTemplate, Row, read_rows
 from megavila.evaluation.loading import LoadedModel, open_model
 from megavila.media import FrameCache, MediaError, get_decoder
 from megavila.models import tokens_per_frame
-from megavila.mrsp.encode import encode_prompts
+from megavila.mrsp.encode import VideoEncoder
 from megavila.mrsp.layout import Group, build_layout
 from megavila.mrsp.logprobs import response_logprobs
-from megavila.mrsp.store import EmbeddingStore
+from megavila.mrsp.shards import join_shards
 from megavila.runtime.collectives import gather_objects
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
@@ -94,8 +94,10 @@ class _Scorer:
             temporal_pooling=model.projector.temporal_pooling,
             max_prompt_tokens=self.longest,
         )
-        self.frames = FrameCache(int(config.data.cache_frames_gib * _GIB), get_decoder(config.data.decoder))
-        self.store = EmbeddingStore(int(config.mrsp.store_gib * _GIB))
+        frames = FrameCache(int(config.data.cache_frames_gib * _GIB), get_decoder(config.data.decoder))
+        self.encoder = VideoEncoder.from_config(
+            config.mrsp, loaded.model, frames.load, loaded.topology, config.data.decoder
+        )
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Row]) -> list[dict[str, object]]:
@@ -124,12 +126,13 @@ class _Scorer:
         for place, row in enumerate(rows):
             try:
                 prompt = self.builder.build(row)
-                (media,) = encode_prompts(self.model, [prompt], self.frames.load, self.store, grad=False)
+                shard = join_shards(self.encoder.encode_or_raise(prompt.videos))
             except MediaError as error:
                 if self.config.data.on_bad_media == "error":
                     raise
                 _log.warning("skipped %s: %s", row.source or row.problem_id, error)
                 continue
+            media = None if shard is None else shard.whole()
             yield place, Group(prompt, tuple(self._tokens(prompt, text) for text in row.extra[COLUMN])), media
 
     def _tokens(self, prompt: Prompt, response: str | list[int]) -> Tensor:

@@ -1,5 +1,7 @@
 """The vision-language model: tower, projector and decoder, joined by explicit row indices."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -49,28 +51,52 @@ class VisionLanguageModel(nn.Module):
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """frames (n, 3, h, w) uint8 -> (n, tokens_per_frame, hidden).
 
-        Frames are encoded one by one, whatever the batch. With `recompute: full` the tower's activations are
-        computed again in the backward pass.
+        Frames are encoded one by one, whatever the batch. With `recompute: full` the activations of what trains
+        are computed again in the backward pass.
         """
-        tower, projector = self.vision, self.projector
-        if tower is None or projector is None:
+        projector = self._encoders()[1]
+        return self._in_batches(
+            lambda batch: projector(self._features(batch)), self._checked(frames), self._encoders()
+        )
+
+    def frame_features(self, frames: torch.Tensor) -> torch.Tensor:
+        """frames (n, 3, h, w) uint8 -> the tower's features (n, patches, vision_hidden), for `project`."""
+        return self._in_batches(self._features, self._checked(frames), self._encoders()[:1])
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """features (n, patches, vision_hidden) -> (n, tokens_per_frame, hidden)."""
+        projector = self._encoders()[1]
+        return self._in_batches(projector, features, (projector,))
+
+    def _encoders(self) -> tuple[SiglipVisionTower, Projector]:
+        if self.vision is None or self.projector is None:
             raise MegavilaError("this model has no vision tower but was given frames; set model.vision")
-        size = tower.config.image_size
+        return self.vision, self.projector
+
+    def _checked(self, frames: torch.Tensor) -> torch.Tensor:
+        size = self._encoders()[0].config.image_size
         if frames.dtype != torch.uint8 or frames.shape[1:] != (3, size, size):
             raise MegavilaError(
                 f"frames are {frames.dtype} {tuple(frames.shape)}, must be uint8 (n, 3, {size}, {size}); "
                 "decode them at model.vision.image_size"
             )
+        return frames
 
-        def encode(batch: torch.Tensor) -> torch.Tensor:
-            pixels = batch.to(self.dtype).mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD)
-            return projector(tower(pixels))
+    def _features(self, frames: torch.Tensor) -> torch.Tensor:
+        pixels = frames.to(self.dtype).mul_(1 / (255 * PIXEL_STD)).sub_(PIXEL_MEAN / PIXEL_STD)
+        return self._encoders()[0](pixels)
 
-        trained = any(parameter.requires_grad for parameter in (*tower.parameters(), *projector.parameters()))
+    def _in_batches(
+        self,
+        encode: Callable[[torch.Tensor], torch.Tensor],
+        inputs: torch.Tensor,
+        modules: Sequence[nn.Module],
+    ) -> torch.Tensor:
+        trained = any(parameter.requires_grad for module in modules for parameter in module.parameters())
         recompute = self.config.recompute == "full" and trained and torch.is_grad_enabled()
         encoded = [
             checkpoint(encode, batch, use_reentrant=False) if recompute else encode(batch)
-            for batch in frames.split(self.max_frames_per_batch)
+            for batch in inputs.split(self.max_frames_per_batch)
         ]
         return encoded[0] if len(encoded) == 1 else torch.cat(encoded)  # type: ignore[arg-type]
 

@@ -28,6 +28,11 @@ class Timers:
             self._platform.synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def enter(self, *names: str) -> None:
+        """Names that the next `pop` has in any case, with 0 seconds where nothing was timed."""
+        for name in names:
+            self._seconds.setdefault(name, 0.0)
+
     def pop(self) -> dict[str, float]:
         """Seconds by name since the last call."""
         seconds, self._seconds = self._seconds, {}

@@ -16,6 +16,7 @@ from megavila.data.template import PromptTemplate
 from megavila.data.tokenizer import Tokenizer, load_tokenizer
 from megavila.media import FrameCache
 from megavila.models import VisionLanguageModel, build_model, resolve_config, tokens_per_frame
+from megavila.mrsp.encode import mark_partial_gradients
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.metrics import MetricsWriter
 from megavila.runtime.platform import Platform, get_platform
@@ -87,9 +88,17 @@ def _build(
     rows = [row for file in files for row in file.rows]
     sampler = make_sampler(config, rows)
     builder = make_prompt_builder(config, model_config, tokenizer, max_prompt_tokens)
-    model = build_model(model_config, topology, platform, seed=config.run.seed)
+    model = build_model(
+        model_config,
+        topology,
+        platform,
+        seed=config.run.seed,
+        max_frames_per_batch=config.mrsp.frames_per_batch,
+    )
     if config.checkpoint.init_from is not None:
         load_initial_weights(model, Path(config.checkpoint.init_from), topology)
+    if config.mrsp.encode == "sharded":
+        mark_partial_gradients(model, topology)
     gradients = GradientBuffer(model.named_parameters(), topology)
     options = config.optimizer
     directory, timers = config.run.directory, Timers(platform)
@@ -109,7 +118,7 @@ def _build(
             gradients, weight_decay=options.weight_decay, betas=options.betas, eps=options.eps
         ),
         prompts=PromptStream(sampler, builder),
-        encoder=MediaEncoder(config, model, timers, frames),
+        encoder=MediaEncoder(config, model, topology, timers, frames),
         metrics=MetricsWriter(directory, topology),
         timers=timers,
         checkpoints=CheckpointManager(

@@ -66,7 +66,15 @@ def metrics(world, run):
 
 
 # What a rank did for itself differs: its time and memory, how often its own store was asked.
-OWN = ("time/", "memory/", "store/", "tokens/llm_forward", "tokens/vision", "rollout/logprob_abs_diff")
+OWN = (
+    "time/",
+    "memory/",
+    "store/",
+    "frames/",
+    "tokens/llm_forward",
+    "tokens/vision",
+    "rollout/logprob_abs_diff",
+)
 
 
 @pytest.mark.parametrize("run", ["sft-tp1", "sft-tp2", "grpo-tp1", "grpo-tp2"])
@@ -82,6 +90,16 @@ def test_equals_a_single_process(world, run):
         torch.testing.assert_close(
             tensor, theirs[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_two_ranks_of_a_replica_do_the_work_of_one(world, kind):
+    """No frame is decoded or encoded twice because there are two ranks; SFT trains the tower, GRPO does not."""
+    for ours, expected in zip(metrics(world, f"{kind}-tp2"), metrics(world, f"{kind}-alone"), strict=True):
+        for name in ("frames/decoded", "frames/encoded", "tokens/vision", "tokens/llm_forward"):
+            assert ours[name] == expected[name], name
+    first = metrics(world, f"{kind}-tp2")[0]
+    assert first["frames/decoded"] == first["frames/encoded"] == 3 * first["media/videos"] > 0
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])

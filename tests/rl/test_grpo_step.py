@@ -118,6 +118,12 @@ def test_update_equals_equation_one(world, tmp_path, monkeypatch, budget, aggreg
         # Of the metrics, the ones of the rollout; those of the updates are means over both of them.
         assert metrics["reward/mean"] == pytest.approx(rewards.mean().item(), rel=1e-5)
         assert metrics["tokens/response"] * 2 == 2 * tokens
+        # Four passes over the language model (rollout, reference, two updates), none over a frame but the first.
+        assert metrics["frames/decoded"] == metrics["frames/encoded"] == 4 * 3
+        if budget == 4000:
+            prompts = metrics["tokens/prompt"] * (1 if layout == "shared_prefix" else 4)
+            expected = metrics["tokens/prompt"] + tokens + 3 * (prompts + tokens)
+            assert metrics["tokens/llm_forward"] == expected
         assert metrics["rollout/logprob_abs_diff_max"] < 1e-4
         first_kl = torch.cat(
             [torch.exp(r - o) - (r - o) - 1 for o, r in zip(old_logprobs, ref_logprobs, strict=True)]
