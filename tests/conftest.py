@@ -1,9 +1,15 @@
 """Fixtures that all tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter. It reads this when it is first imported, which
+# Megatron-core does too, so it must be set before any test module is.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -21,3 +27,10 @@ def videos_dir() -> Path:
     if not directory.is_dir():
         pytest.skip("no directory shared/videos beside the repository")
     return directory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,14 +1,18 @@
 """The public functions: shapes are checked here, then a backend computes."""
 
 import math
+import warnings
+from functools import cache
 
 from torch import Tensor
 
+from megavila_kernels.interval_attention.autograd import Attend
+from megavila_kernels.interval_attention.backend import Backend
 from megavila_kernels.interval_attention.mask import IntervalMask
 from megavila_kernels.interval_attention.reference import reference_attend
-from megavila_kernels.interval_attention.torch_backend import torch_attend
+from megavila_kernels.interval_attention.torch_backend import TorchBackend
 
-BACKENDS = {"auto": torch_attend, "torch": torch_attend, "reference": reference_attend}
+BACKENDS = ("auto", "torch", "triton", "reference")
 
 
 def interval_attention(
@@ -29,7 +33,7 @@ def interval_attention(
             kv_heads).
         lo, hi: int32 (tokens_q,), half open; hi <= lo means that the row sees nothing.
         scale: factor of the scores, 1/sqrt(d) if None.
-        backend: "auto", "torch" or "reference".
+        backend: "auto" (Triton on CUDA, torch elsewhere), "torch", "triton" or "reference" (dense; for tests).
 
     Returns:
         out (tokens_q, heads, d) in q's dtype, 0 for rows that see nothing, and lse (tokens_q, heads), the
@@ -59,7 +63,47 @@ def attend(
     _check(q, k, v, mask)
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; use one of {sorted(BACKENDS)}")
-    return BACKENDS[backend](q, k, v, mask, 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if backend == "reference":
+        return reference_attend(q, k, v, mask, scale)
+    return Attend.apply(q, k, v, mask, scale, get_backend(backend, q))  # type: ignore[return-value]
+
+
+def get_backend(name: str, q: Tensor) -> Backend:
+    """The implementation called `name` for queries like q; "auto" chooses by device, dtype and head dimension.
+
+    Raises ValueError where "triton" cannot run on q. Where "auto" on a GPU must do without Triton, it warns
+    once with the reason.
+    """
+    if name == "torch" or (name == "auto" and q.device.type != "cuda"):
+        return TorchBackend()
+    if name not in ("auto", "triton"):
+        raise ValueError(f"unknown attention backend {name!r}; use auto, torch or triton")
+    reason = _triton_missing()
+    if reason is None:
+        from megavila_kernels.interval_attention.triton_backend import TritonBackend, unsupported
+
+        reason = unsupported(q)
+        if reason is None:
+            return TritonBackend()
+    if name == "triton":
+        raise ValueError(f"the Triton attention kernels cannot run: {reason}; use backend='torch'")
+    _warn_once(f"attention runs on plain torch, much slower than the Triton kernels: {reason}")
+    return TorchBackend()
+
+
+@cache
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> None:

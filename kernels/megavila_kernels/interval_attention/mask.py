@@ -10,6 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from megavila_kernels.interval_attention.plan import Plan
+    from megavila_kernels.interval_attention.tile_runs import TileRuns
 
 BlockShape = Literal["full", "causal", "general"]
 
@@ -68,6 +69,9 @@ class IntervalMask:
     hi: Tensor
     tokens_k: int
     _plans: dict[tuple[int, int, torch.device], "Plan"] = field(default_factory=dict, init=False, repr=False)
+    _tile_runs: dict[tuple[int, int, bool, torch.device], "TileRuns"] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if self.lo.dim() != 2 or self.lo.shape != self.hi.shape:
@@ -121,6 +125,15 @@ class IntervalMask:
         if key not in self._plans:
             self._plans[key] = build_plan(self, heads, kv_heads, device)
         return self._plans[key]
+
+    def tile_runs(self, block_q: int, block_k: int, by_keys: bool, device: torch.device) -> "TileRuns":
+        """The Triton kernels' visits, computed at the first call for these tiles and this device."""
+        from megavila_kernels.interval_attention.tile_runs import build_tile_runs
+
+        key = (block_q, block_k, by_keys, device)
+        if key not in self._tile_runs:
+            self._tile_runs[key] = build_tile_runs(self, block_q, block_k, by_keys, device)
+        return self._tile_runs[key]
 
 
 def find_blocks(mask: IntervalMask, keep_area: int) -> list[Block]:

@@ -10,12 +10,17 @@ Scores are kept in units of log 2: exp2 takes the same time for any argument, wh
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megavila_kernels.interval_attention.backend import (
+    AttentionState,
+    Gradients,
+    RowGradients,
+    accumulation_dtype,
+    finish,
+)
 from megavila_kernels.interval_attention.flash_cpu import flash_backward, flash_forward
 from megavila_kernels.interval_attention.mask import IntervalMask
 from megavila_kernels.interval_attention.plan import Bags, Chunk, Plan
@@ -24,40 +29,67 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 
-def torch_attend(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float) -> tuple[Tensor, Tensor]:
-    """q (tokens_q, heads, d), k and v (tokens_k, kv_heads, d) -> out like q, lse (tokens_q, heads); see
-    `attend`."""
-    out, lse = _Attend.apply(q, k, v, mask.plan(q.shape[1], k.shape[1], q.device), scale)  # type: ignore[misc]
-    return out, lse
+class TorchBackend:
+    """See `Backend`."""
+
+    def accumulate(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, scale: float, state: AttentionState | None
+    ) -> AttentionState:
+        out, lse = attend_forward(q, k, v, _plan(q, k, mask), scale)
+        # The part's own softmax as a state: its sum, counted from its lse, is 1, or 0 where nothing is seen.
+        top, total = lse * LOG2E, torch.isfinite(lse).to(lse.dtype)
+        if state is None:
+            return AttentionState(out, top, total)
+        highest = torch.maximum(state.top, top)
+        pivot = highest.masked_fill(highest == float("-inf"), 0.0)
+        old, new = torch.exp2(state.top - pivot), torch.exp2(top - pivot)
+        state.acc.mul_(old[..., None]).addcmul_(out, new[..., None])
+        return AttentionState(state.acc, highest, state.total * old + total * new)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: IntervalMask,
+        scale: float,
+        state: AttentionState | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if state is None:
+            out, lse = attend_forward(q, k, v, _plan(q, k, mask), scale)
+            return out.to(q.dtype), lse
+        return finish(self.accumulate(q, k, v, mask, scale, state), q.dtype)
+
+    def row_gradients(self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor) -> RowGradients:
+        return RowGradients(dout, out, lse, dlse, prepared=None)
+
+    def backward(
+        self,
+        rows: RowGradients,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: IntervalMask,
+        scale: float,
+        into: Gradients | None = None,
+    ) -> Gradients:
+        plan = _plan(q, k, mask)
+        dq, dk, dv = attend_backward(rows.dout, rows.dlse, q, k, v, rows.out, rows.lse, plan, scale)
+        if into is None:
+            return Gradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype))
+        for total, part in zip((into.dq, into.dk, into.dv), (dq, dk, dv), strict=True):
+            total.add_(part)
+        return into
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = attend_forward(q, k, v, plan, scale)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dout, dlse = grads
-        q, k, v, out, lse = ctx.saved_tensors
-        if dout is None and dlse is None:
-            return None, None, None, None, None
-        if dout is None:
-            dout = torch.zeros_like(out)
-        dq, dk, dv = attend_backward(dout, dlse, q, k, v, out, lse, ctx.plan, ctx.scale)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+def _plan(q: Tensor, k: Tensor, mask: IntervalMask) -> Plan:
+    return mask.plan(q.shape[1], k.shape[1], q.device)
 
 
 def attend_forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """out (tokens_q, heads, d) and lse (tokens_q, heads), both in the accumulation dtype."""
     tokens, heads, d = q.shape
-    dtype = _accumulation_dtype(q)
+    dtype = accumulation_dtype(q)
     q_rows, k_rows, v_rows = q.reshape(-1, d), k.reshape(-1, d), v.reshape(-1, d)
     parts = torch.empty(plan.q_parts, d, dtype=dtype, device=q.device)
     # One entry more than parts: what the padding of the bags' table points to.
@@ -100,7 +132,7 @@ def attend_backward(
     this part.
     """
     d = q.shape[-1]
-    dtype = _accumulation_dtype(q)
+    dtype = accumulation_dtype(q)
     q_rows, k_rows, v_rows, dout_rows = (x.reshape(-1, d) for x in (q, k, v, dout))
     delta = (dout.to(dtype) * out).sum(dim=-1)
     if dlse is not None:
@@ -197,10 +229,6 @@ class _Shape:
                 self.chunk.hidden
             )
         return scores
-
-
-def _accumulation_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _join(

@@ -1,0 +1,125 @@
+"""Tile sizes, warps and pipeline stages of the interval attention kernels, by GPU and head dimension.
+
+Every configuration here is cross-compiled by tools/kernel_report.py, which fails when one spills registers.
+They are fixed rather than autotuned: the runs of a mask depend on the tile size, and a result must not depend
+on which configuration won a race.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """block_q, block_k: rows and keys of a tile."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# [kernel][GPU][padded head dimension up to]. "small": 99 KiB of shared memory a multiprocessor (sm_86, sm_89,
+# sm_120), which any later GPU has too.
+HALF: dict[str, dict[str, dict[int, KernelConfig]]] = {
+    "forward": {
+        "sm_90": {
+            64: KernelConfig(128, 64, 4, 3),
+            128: KernelConfig(128, 64, 8, 3),
+            256: KernelConfig(128, 32, 8, 2),
+        },
+        "sm_80": {
+            64: KernelConfig(128, 64, 4, 3),
+            128: KernelConfig(128, 64, 8, 3),
+            256: KernelConfig(64, 32, 4, 2),
+        },
+        "small": {
+            64: KernelConfig(128, 64, 4, 2),
+            128: KernelConfig(64, 64, 4, 2),
+            256: KernelConfig(64, 32, 4, 1),
+        },
+    },
+    "dq": {
+        "sm_90": {
+            64: KernelConfig(128, 64, 8, 3),
+            128: KernelConfig(128, 64, 8, 2),
+            256: KernelConfig(64, 32, 8, 2),
+        },
+        "sm_80": {
+            64: KernelConfig(128, 64, 8, 3),
+            128: KernelConfig(128, 64, 8, 2),
+            256: KernelConfig(64, 32, 8, 2),
+        },
+        "small": {
+            64: KernelConfig(64, 64, 4, 2),
+            128: KernelConfig(64, 32, 4, 2),
+            256: KernelConfig(32, 32, 8, 1),
+        },
+    },
+    "dkdv": {
+        "sm_90": {
+            64: KernelConfig(64, 128, 8, 2),
+            128: KernelConfig(64, 128, 8, 2),
+            256: KernelConfig(32, 64, 8, 2),
+        },
+        "sm_80": {
+            64: KernelConfig(64, 128, 8, 2),
+            128: KernelConfig(64, 128, 8, 2),
+            256: KernelConfig(32, 64, 8, 1),
+        },
+        "small": {
+            64: KernelConfig(64, 64, 8, 2),
+            128: KernelConfig(32, 64, 4, 2),
+            256: KernelConfig(32, 32, 8, 1),
+        },
+    },
+}
+# fp32 products run on the ordinary cores at full precision: small tiles, for the registers they take.
+FULL_PRECISION = {
+    64: KernelConfig(32, 32, 4, 1),
+    128: KernelConfig(32, 32, 8, 1),
+    256: KernelConfig(16, 16, 8, 1),
+}
+# What Triton's interpreter takes grows with the number of tiles.
+INTERPRETER = KernelConfig(64, 64, 4, 1)
+
+
+def padded_head_dim(d: int) -> int:
+    """The power of two, at least 16, that a tile's columns are padded to."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """fp32 products are not rounded to TF32; half precision ignores this."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def select_config(kernel: str, device: torch.device, d: int, dtype: torch.dtype) -> KernelConfig:
+    """The configuration of `kernel` ("forward", "dq" or "dkdv") for `device`."""
+    if device.type == "cpu":
+        return INTERPRETER
+    return config_for(kernel, _capability(device), d, dtype)
+
+
+def config_for(kernel: str, capability: tuple[int, int], d: int, dtype: torch.dtype) -> KernelConfig:
+    """The configuration on a GPU of this compute capability."""
+    columns = max(64, padded_head_dim(d))
+    if dtype == torch.float32:
+        return FULL_PRECISION[columns]
+    if capability in ((9, 0), (10, 0), (10, 3)):
+        gpu = "sm_90"
+    elif capability == (8, 0):
+        gpu = "sm_80"
+    else:
+        gpu = "small"
+    return HALF[kernel][gpu][columns]
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
