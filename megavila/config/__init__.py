@@ -11,7 +11,6 @@ from megavila.config.recipes import (
     ScoreConfig,
     SftRunConfig,
     TrainingRoot,
-    check_runnable,
     check_split,
 )
 from megavila.config.rollout import RewardConfig, RolloutConfig
@@ -42,7 +41,6 @@ __all__ = [
     "TrainingRoot",
     "VisionConfig",
     "build",
-    "check_runnable",
     "check_split",
     "describe",
     "describe_text",

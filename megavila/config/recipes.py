@@ -42,15 +42,6 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
     )
 
 
-def check_runnable(parallel: ParallelConfig) -> None:
-    """Raises ConfigError for degrees that groups can be built for, but that nothing runs on yet."""
-    require(
-        parallel.context_parallel == 1,
-        f"parallel.context_parallel is {parallel.context_parallel}, but sequences cannot be split over ranks yet; set it "
-        "to 1 and use parallel.tensor_parallel, or leave ranks to data parallelism",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainingRoot(Section):
     """The sections that every training run has."""

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavila.config import EvalConfig, ScoreConfig, check_runnable, check_split
+from megavila.config import EvalConfig, ScoreConfig, check_split
 from megavila.data import Tokenizer, load_tokenizer
 from megavila.models import VisionLanguageModel, build_model, resolve_config
 from megavila.runtime.platform import get_platform
@@ -26,7 +26,6 @@ class LoadedModel:
 @contextmanager
 def open_model(config: EvalConfig | ScoreConfig) -> Iterator[LoadedModel]:
     """Join the processes, load the weights of `model.path` or `init_from`; leave the process groups at the end."""
-    check_runnable(config.parallel)
     platform = get_platform(config.device)
     topology = initialize(config.parallel, platform)
     try:

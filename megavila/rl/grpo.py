@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from megavila.config import GrpoRunConfig
+from megavila.data import Row
 from megavila.mrsp.layout import Layout, build_layout
 from megavila.mrsp.logprobs import response_logprobs, response_logprobs_and_entropy
-from megavila.rewards import Scorer
+from megavila.rewards import Score, Scorer
 from megavila.rl.advantages import group_advantages
 from megavila.rl.dump import dump_rollouts
 from megavila.rl.groups import ScoredGroup, split_updates
@@ -27,6 +28,7 @@ from megavila.rl.losses import PolicyLossOptions, StepSize, policy_loss, token_w
 from megavila.rl.reference import ReferenceWeights
 from megavila.rl.report import compare_with_engine, describe_groups, describe_update, finish, prepare
 from megavila.rollout.protocol import RolloutEngine, SamplingParams
+from megavila.runtime.collectives import gather_objects
 from megavila.runtime.seeds import derive_seed
 from megavila.training.agreement import together
 from megavila.training.batching import Piece, micro_batches
@@ -108,7 +110,7 @@ class GrpoTrainer:
                 example.prompt.row for example, group in zip(examples, sampled, strict=True) for _ in group
             ]
             texts = [response.text for group in sampled for response in group]
-            scores = together(lambda: self.scorer.score(rows, texts), self.session.topology)
+            scores = self._score(rows, texts)
         # With a shared prefill the engine reads each prompt once and then each sampled token.
         tally.total("tokens/llm_forward", sum(len(example.prompt.token_ids) for example in examples))
         tally.total("tokens/llm_forward", sum(len(r.token_ids) for group in sampled for r in group))
@@ -132,6 +134,14 @@ class GrpoTrainer:
                 )
             )
         return groups
+
+    def _score(self, rows: list[Row], texts: list[str]) -> list[Score]:
+        """Scores of all responses of this replica, each given once: a judge may cost money, or change its mind."""
+        topology = self.session.topology
+        own = slice(topology.mrsp_rank, None, topology.mrsp_size)
+        mine = together(lambda: self.scorer.score(rows[own], texts[own]), topology)
+        shares = gather_objects(mine, topology.mrsp_group)
+        return [shares[place % len(shares)][place // len(shares)] for place in range(len(texts))]
 
     def old_logprobs(self, groups: Sequence[ScoredGroup], tally: Tally) -> LogProbs:
         """Log-probs under the policy that sampled, as the trainer computes them, before it changes."""

@@ -22,6 +22,7 @@ from megavila.rollout.kv_cache import PromptCache
 from megavila.rollout.protocol import Response, SamplingParams, check_request
 from megavila.rollout.sampling import sample
 from megavila.rollout.stopping import StopChecker
+from megavila.runtime.collectives import gather_objects
 from megavila.runtime.topology import Topology
 
 
@@ -44,11 +45,12 @@ class RolloutCounts:
 class MegatronEngine:
     """A `RolloutEngine` on the trainer's own weights; there is nothing to transfer.
 
-    Every tensor-parallel rank of a replica calls `generate` with the same arguments and gets the same
-    responses; data- parallel replicas each generate for their own prompts.
+    Every rank of a replica calls `generate` with the same arguments and gets the same responses: its
+    tensor-parallel ranks generate together, and its context-parallel ranks share the prompts out among them.
+    Data-parallel replicas each generate for their own prompts.
 
     Args: model: the trainer's; put into eval mode while generating, and back. tokenizer: decodes responses;
-    its ``eos_id`` ends them. topology: supplies the tensor-parallel group. max_batch_tokens: most tokens
+    its ``eos_id`` ends them. topology: supplies the tensor- and context-parallel groups. max_batch_tokens: most tokens
     whose keys and values are held at once, counting prompts and G · max_tokens for their responses; prompts
     beyond it wait for the next batch. One prompt always runs, however long. max_prefill_tokens: most prompt
     tokens in one forward pass; a longer prompt has a pass of its own.
@@ -82,8 +84,11 @@ class MegatronEngine:
         check_request(prompts, media_rows, seeds)
         stop = StopChecker(self.tokenizer, params.stop)
         done: dict[int, tuple[Response, ...]] = {}
+        # Dealt out by length, so that context ranks have about the same work.
+        by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
+        own = by_length[self.topology.context_rank :: self.topology.context]
         with _evaluating(self.model):
-            for batch in self._batches(prompts, params):
+            for batch in self._batches(own, prompts, params):
                 groups = self._generate_batch(
                     [prompts[i] for i in batch],
                     [media_rows[i] for i in batch],
@@ -92,6 +97,8 @@ class MegatronEngine:
                     stop,
                 )
                 done.update(zip(batch, groups, strict=True))
+        for share in gather_objects(done, self.topology.context_group):
+            done |= share
         return [done[i] for i in range(len(prompts))]
 
     def update_weights(self) -> None:
@@ -102,11 +109,12 @@ class MegatronEngine:
         counts, self._counts = self._counts, RolloutCounts()
         return counts
 
-    def _batches(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[list[int]]:
-        """Indices of the prompts that are decoded together, longest first so that little of a batch is
-        padding.
+    def _batches(
+        self, by_length: Sequence[int], prompts: Sequence[Prompt], params: SamplingParams
+    ) -> Iterator[list[int]]:
+        """Indices of the prompts that are decoded together: the given ones, longest first so that little of a
+        batch is padding.
         """
-        by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
         batch: list[int] = []
         for index in by_length:
             longest = len(prompts[batch[0] if batch else index].token_ids)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megavila.checkpoint.manager import CheckpointManager
-from megavila.config import ModelConfig, TrainingRoot, check_runnable, check_split, save_config
+from megavila.config import ModelConfig, TrainingRoot, check_split, save_config
 from megavila.data.dataset import GroupSampler, PromptStream
 from megavila.data.prompt import PromptBuilder
 from megavila.data.row import Row
@@ -63,7 +63,6 @@ def open_session(
         max_prompt_tokens: a longer prompt is an error that names the row, before anything is computed.
         frames: decoded frames to go on from, where several runs in one process read the same videos.
     """
-    check_runnable(config.parallel)
     platform = get_platform(config.run.device)
     topology = initialize(config.parallel, platform)
     try:

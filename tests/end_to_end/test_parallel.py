@@ -1,4 +1,5 @@
-"""TP=2 and DP=2 runs have the metrics, losses, gradient norms and final weights of a single process."""
+"""Tensor, context and data parallel runs have the metrics, losses, gradient norms and final weights of a single
+process."""
 
 import copy
 
@@ -12,16 +13,29 @@ from megavila.rl.run import run_grpo
 from megavila.runtime.metrics import read_metrics
 from megavila.sft.run import run_sft
 from tests.distributed import run_ranks
-from tests.end_to_end.tiny import grpo_config, sft_config, write_world
+from tests.end_to_end.tiny import grpo_config, scored, sft_config, write_world
 
 GRPO = {"kl_beta": 0.1, "updates_per_batch": 2, "drop_zero_variance": True}
 
 
-def sft(world, name, tensor):
+# By number of ranks: what each run is called, and its degrees.
+DEGREES = {
+    2: {
+        "dp2": {},
+        "tp2": {"tensor_parallel": 2},
+        "cp2": {"context_parallel": 2},
+        "cp2-ulysses": {"context_parallel": 2, "cp_comm_type": "a2a"},
+    },
+    4: {"cp2-tp2": {"context_parallel": 2, "tensor_parallel": 2}},
+}
+RUNS = [f"{kind}-{name}" for degrees in DEGREES.values() for name in degrees for kind in ("sft", "grpo")]
+
+
+def sft(world, name, parallel):
     return sft_config(
         world,
         name,
-        parallel={"tensor_parallel": tensor},
+        parallel=parallel,
         sft={"batch_size": 5, "max_tokens_per_microbatch": 90},
         model={"train_vision": True},
         # Some biases have no gradient but rounding; Adam must not take it for one.
@@ -29,26 +43,35 @@ def sft(world, name, tensor):
     )
 
 
-def grpo(world, name, tensor):
-    return grpo_config(world, name, parallel={"tensor_parallel": tensor}, grpo=GRPO)
+def grpo(world, name, parallel):
+    return grpo_config(world, name, parallel=parallel, grpo=GRPO)
 
 
-def on_two_ranks(rank, world):
-    """All four runs in one pair of processes: starting one takes longer than training."""
+def on_ranks(rank, size, world):
+    """All runs in one set of processes: starting one takes longer than training. Returns responses scored."""
     session_module.shutdown = parallel_state.destroy_model_parallel  # keep the world for the next run
-    for tensor in (1, 2):
-        run_sft(sft(world, f"sft-tp{tensor}", tensor))
-        run_grpo(grpo(world, f"grpo-tp{tensor}", tensor))
+    counts = {}
+    for name, parallel in DEGREES[size].items():
+        run_sft(sft(world, f"sft-{name}", parallel))
+        scored.clear()
+        run_grpo(grpo(world, f"grpo-{name}", parallel))
+        counts[name] = len(scored)
+    return counts
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("parallel")
     write_world(directory, rows=5)
-    run_sft(sft(directory, "sft-alone", 1))
-    run_grpo(grpo(directory, "grpo-alone", 1))
-    run_ranks(on_two_ranks, 2, directory)
+    run_sft(sft(directory, "sft-alone", {}))
+    run_grpo(grpo(directory, "grpo-alone", {}))
     return directory
+
+
+@pytest.fixture(scope="module")
+def counts(world):
+    """After all runs, for each number of ranks and each rank how many responses it scored by run."""
+    return {size: run_ranks(on_ranks, size, size, world) for size in DEGREES}
 
 
 def weights(world, run):
@@ -77,8 +100,8 @@ OWN = (
 )
 
 
-@pytest.mark.parametrize("run", ["sft-tp1", "sft-tp2", "grpo-tp1", "grpo-tp2"])
-def test_equals_a_single_process(world, run):
+@pytest.mark.parametrize("run", RUNS)
+def test_equals_a_single_process(world, counts, run):
     single = run.split("-")[0] + "-alone"
     for ours, expected in zip(metrics(world, run), metrics(world, single), strict=True):
         assert ours.keys() == expected.keys()
@@ -113,13 +136,21 @@ def test_something_was_learned(world, kind):
         assert rows[0]["grpo/clip_fraction"] > 0 and rows[-1]["grpo/kl"] > 0
 
 
-def test_rollouts_are_the_same_text(world):
+def test_each_response_is_scored_once(counts):
+    """By one rank of its replica: 3 steps of 4 prompts with 4 responses each."""
+    for size, degrees in DEGREES.items():
+        for name in degrees:
+            each = [rank[name] for rank in counts[size]]
+            assert sum(each) == 48 and max(each) < 48
+
+
+def test_rollouts_are_the_same_text(world, counts):
     """Sampling depends on the seed, the step and the row, not on who samples."""
     for step in (1, 2, 3):
         texts = [
             (world / "runs" / run / "rollouts" / f"step_{step:06d}.jsonl").read_text()
-            for run in ("grpo-alone", "grpo-tp1", "grpo-tp2")
+            for run in ("grpo-alone", *(run for run in RUNS if run.startswith("grpo")))
         ]
         assert len({text.count('"text"') for text in texts}) == 1
         strip = [[line.split('"reward"')[0] for line in copy.copy(text).splitlines()] for text in texts]
-        assert strip[0] == strip[1] == strip[2]
+        assert all(each == strip[0] for each in strip)

@@ -125,7 +125,12 @@ def grpo_config(world: Path, name: str, /, **sections: dict[str, Any]) -> GrpoRu
     return build(GrpoRunConfig, settings(world, name, **sections))
 
 
+scored: list[str] = []
+"""The row of each response that `reward_words` has scored in this process."""
+
+
 def reward_words(row: Any, text: str) -> float:
     """Something that differs between random responses, and between rows."""
+    scored.append(row.problem_id)
     words = text.split()
     return sum(len(word) % 3 for word in words) / 4 + (row.answer in words)
