@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -132,10 +133,12 @@ class PromptBuilder:
         token_ids = torch.tensor(ids, dtype=torch.int64)
         # Rows are concatenated by video in the row's order, whatever order a template shows the videos in.
         groups = [-(-video.num_frames // self.temporal_pooling) for video in videos]
+        before = [0, *accumulate(groups)]
+        starts = torch.tensor([span.start for span in spans], dtype=torch.int64)
+        numbers = torch.tensor([before[span.video] + span.group for span in spans], dtype=torch.int64)
+        place = torch.arange(self.tokens_per_frame)
         media_index = torch.full((len(ids),), -1, dtype=torch.int64)
-        for span in spans:
-            first = (sum(groups[: span.video]) + span.group) * span.tokens
-            media_index[span.start : span.start + span.tokens] = torch.arange(first, first + span.tokens)
+        media_index[starts[:, None] + place] = numbers[:, None] * self.tokens_per_frame + place
         position_ids, next_position = self._positions(len(ids), spans)
         return Prompt(
             token_ids=token_ids,
