@@ -15,7 +15,7 @@ from megavila.models import tokens_per_frame
 from megavila.mrsp.encode import VideoEncoder
 from megavila.mrsp.layout import Group, build_layout
 from megavila.mrsp.logprobs import response_logprobs
-from megavila.mrsp.shards import join_shards
+from megavila.mrsp.shards import ShardedRows, join_shards
 from megavila.runtime.collectives import gather_objects
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
@@ -121,18 +121,17 @@ class _Scorer:
             records[place][COLUMN] = responses
         return records
 
-    def _ready(self, rows: Sequence[Row]) -> Iterator[tuple[int, Group, Tensor | None]]:
+    def _ready(self, rows: Sequence[Row]) -> Iterator[tuple[int, Group, ShardedRows | None]]:
         """(place, prompt with its responses, media rows) of the rows whose media can be read."""
         for place, row in enumerate(rows):
             try:
                 prompt = self.builder.build(row)
-                shard = join_shards(self.encoder.encode_or_raise(prompt.videos))
+                media = join_shards(self.encoder.encode_or_raise(prompt.videos))
             except MediaError as error:
                 if self.config.data.on_bad_media == "error":
                     raise
                 _log.warning("skipped %s: %s", row.source or row.problem_id, error)
                 continue
-            media = None if shard is None else shard.whole()
             yield place, Group(prompt, tuple(self._tokens(prompt, text) for text in row.extra[COLUMN])), media
 
     def _tokens(self, prompt: Prompt, response: str | list[int]) -> Tensor:

@@ -15,6 +15,7 @@ from megavila.mrsp.gather import padded_shard_gather
 from megavila.mrsp.layout import Layout
 from megavila.mrsp.ring import GroupNeighbours, RingAttention
 from megavila.mrsp.sharding import Sharding, shard_layout
+from megavila.mrsp.shards import ShardedRows
 from megavila.mrsp.ulysses import GroupExchange, UlyssesAttention
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.topology import Topology
@@ -45,21 +46,36 @@ class Shard:
     targets: Tensor
     group: dist.ProcessGroup
 
-    def embed(self, model: VisionLanguageModel, media_rows: Tensor | None) -> Tensor:
+    def embed(self, model: VisionLanguageModel, media_rows: Tensor | ShardedRows | None) -> Tensor:
         """(rows, hidden) embeddings of the shard, zeros in padding; differentiable.
 
-        media_rows: (m, hidden), those of the whole layout, or None where it has none. Each rank's gradient of
-        them is the part that flows through its shard.
+        media_rows: those of the whole layout, or None where it has none: (m, hidden), of which each rank's
+        gradient is the part that flows through its shard; or what each rank encoded, of which the rows of this
+        shard are fetched and no more.
         """
-        expected, given = self.sharding.layout.num_media_rows, 0 if media_rows is None else len(media_rows)
+        expected = self.sharding.layout.num_media_rows
+        given = 0 if media_rows is None else len(media_rows)
         if given != expected:
             raise MegavilaError(
                 f"the layout has {expected} media rows but {given} were given; "
                 "encode the same frames the prompts were built from"
             )
-        text = model.language.embed(self.text_ids)
+        text, row_index = model.language.embed(self.text_ids), self.row_index
+        if isinstance(media_rows, ShardedRows):
+            media_rows, row_index = self._fetch(media_rows)
         sources = [text] if media_rows is None else [text, media_rows.to(text.dtype)]
-        return padded_shard_gather(sources, self.source_index, self.row_index)
+        return padded_shard_gather(sources, self.source_index, row_index)
+
+    def _fetch(self, media_rows: ShardedRows) -> tuple[Tensor, Tensor]:
+        """The media rows of this shard, and `row_index` counted within them; a collective of the replica."""
+        if media_rows.is_whole:
+            return media_rows.rows, self.row_index
+        topology = media_rows.topology
+        wanted = [self.sharding.media_rows_of(rank) for rank in range(topology.context)]
+        own = wanted[topology.context_rank].to(self.row_index.device)
+        place = torch.searchsorted(own, self.row_index.contiguous())
+        fetched = media_rows.take([wanted[rank // topology.tensor] for rank in range(topology.mrsp_size)])
+        return fetched, torch.where(self.source_index == 1, place, self.row_index)
 
     def collect(self, values: Tensor) -> Tensor:
         """Values of all targets of the layout, (num_targets,), from each rank's own, (n,); differentiable.

@@ -8,8 +8,9 @@ from torch import Tensor
 from megavila.models.vlm import VisionLanguageModel
 from megavila.mrsp.context_parallel import take_shard
 from megavila.mrsp.layout import Layout
+from megavila.mrsp.shards import ShardedRows
 
-MediaRows = Tensor | Sequence[Tensor | None] | None
+MediaRows = Tensor | ShardedRows | Sequence[Tensor | None] | Sequence[ShardedRows | None] | None
 
 
 def response_logprobs(
@@ -25,7 +26,8 @@ def response_logprobs(
     Args:
         layout: on the model's device.
         media_rows: rows of all prompts of the layout in order, (rows, hidden), or one entry per prompt with
-            None for a prompt without video.
+            None for a prompt without video. Of `ShardedRows` a rank fetches those of its shard: it never holds
+            all of them.
         temperature: > 0, divides the logits as it did when the responses were sampled.
         chunk: response tokens whose logits exist at one time.
 
@@ -68,9 +70,10 @@ def _predict(
     return shard.collect(logprobs), None if entropy is None else shard.collect(entropy)
 
 
-def join_media_rows(media_rows: MediaRows) -> Tensor | None:
-    """Rows of all prompts in order as one tensor, or None if no prompt has any."""
-    if media_rows is None or isinstance(media_rows, Tensor):
+def join_media_rows(media_rows: MediaRows) -> Tensor | ShardedRows | None:
+    """Rows of all prompts in order as one, or None if no prompt has any."""
+    if media_rows is None or isinstance(media_rows, Tensor | ShardedRows):
         return media_rows
-    present = [rows for rows in media_rows if rows is not None]
-    return torch.cat(present) if present else None
+    sharded = [rows for rows in media_rows if isinstance(rows, ShardedRows)]
+    whole = [rows for rows in media_rows if isinstance(rows, Tensor)]
+    return ShardedRows.join(sharded) if sharded else torch.cat(whole) if whole else None

@@ -27,6 +27,10 @@ class ShardedRows:
     num_rows: int
     topology: Topology
 
+    def __len__(self) -> int:
+        """Rows of all ranks together, as of a tensor that holds them all."""
+        return self.num_rows
+
     @property
     def is_whole(self) -> bool:
         """Whether this rank holds all rows itself."""

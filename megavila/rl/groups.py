@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megavila.data.prompt import Prompt
 from megavila.mrsp.layout import Group
+from megavila.mrsp.shards import ShardedRows
 from megavila.rewards import Score
 from megavila.rollout.protocol import Response
 
@@ -17,14 +18,15 @@ class ScoredGroup:
 
     Attributes:
         index: place of its prompt among all prompts of the step, over all data-parallel ranks.
-        media_rows: (rows, hidden) without gradient, None for a prompt without media.
+        media_rows: without gradient, each rank of the replica with those that it encoded; None for a prompt
+            without media.
         advantages: (G,) float32.
         informative: whether the rewards differ, so that there is anything to learn.
     """
 
     index: int
     prompt: Prompt
-    media_rows: Tensor | None
+    media_rows: ShardedRows | None
     responses: tuple[Response, ...]
     scores: tuple[Score, ...]
     advantages: Tensor

@@ -20,6 +20,7 @@ from megavila.config import GrpoRunConfig
 from megavila.data import Row
 from megavila.mrsp.layout import Layout, build_layout
 from megavila.mrsp.logprobs import response_logprobs, response_logprobs_and_entropy
+from megavila.mrsp.shards import ShardedRows
 from megavila.rewards import Score, Scorer
 from megavila.rl.advantages import group_advantages
 from megavila.rl.dump import dump_rollouts
@@ -101,7 +102,7 @@ class GrpoTrainer:
         with self.session.timers("time/rollout"):
             sampled = self.engine.generate(
                 [example.prompt for example in examples],
-                [example.media_rows for example in examples],
+                [None if e.media_rows is None else e.media_rows.whole() for e in examples],
                 self.sampling,
                 [derive_seed(seed, "rollout", step, e.prompt.row.problem_id) for e in examples],
             )
@@ -235,7 +236,7 @@ class GrpoTrainer:
 
     def _lay_out(
         self, groups: Sequence[ScoredGroup], batch: Sequence[Piece], tally: Tally, *, grad: bool = False
-    ) -> tuple[Layout, list[Tensor | None]]:
+    ) -> tuple[Layout, list[ShardedRows | None]]:
         layout = build_layout([piece.group for piece in batch], self.config.mrsp.layout)
         tally.total("tokens/llm_forward", layout.num_tokens)
         owners = [groups[piece.owner] for piece in batch]

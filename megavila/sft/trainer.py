@@ -13,6 +13,7 @@ from megavila.config import SftRunConfig
 from megavila.data.targets import ReasoningHook, target_text
 from megavila.mrsp.layout import Group, build_layout
 from megavila.mrsp.logprobs import response_logprobs
+from megavila.mrsp.shards import ShardedRows
 from megavila.runtime.seeds import derive_seed
 from megavila.training.agreement import together
 from megavila.training.batching import Piece, micro_batches
@@ -82,7 +83,7 @@ class SftTrainer:
         return targets
 
     def _accumulate(
-        self, batch: Sequence[Piece], media_rows: Sequence[Tensor | None], tokens: int, tally: Tally
+        self, batch: Sequence[Piece], media_rows: Sequence[ShardedRows | None], tokens: int, tally: Tally
     ) -> None:
         """Add the gradient of one micro-batch."""
         session = self.session

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from megavila.data.prompt import Prompt
 from megavila.media import MediaError
+from megavila.mrsp.shards import ShardedRows
 from megavila.runtime.logging import get_logger
 from megavila.training.agreement import together
 from megavila.training.session import Session
@@ -20,13 +19,13 @@ class Example:
 
     Attributes:
         index: its place among the step's prompts of all data-parallel ranks.
-        media_rows: (rows, hidden) without gradient; None for a prompt without media, and where only passes
-            with gradient will encode it.
+        media_rows: without gradient, each rank of the replica with those that it encoded; None for a prompt
+            without media, and where only passes with gradient will encode it.
     """
 
     index: int
     prompt: Prompt
-    media_rows: Tensor | None
+    media_rows: ShardedRows | None
 
 
 def draw_examples(session: Session, count: int, tally: Tally, *, encode: bool = True) -> list[Example]:

@@ -49,18 +49,12 @@ class MediaEncoder:
         self._reported = replace(self.store.counters)
         self._decoded = frames.misses
 
-    def rows(self, prompts: Sequence[Prompt]) -> list[Tensor | None | MediaError]:
-        """Return each prompt's media rows (rows, hidden) without gradient, or None where it has no video.
+    def rows(self, prompts: Sequence[Prompt]) -> list[ShardedRows | None | MediaError]:
+        """Return each prompt's media rows without gradient, or None where it has no video.
 
-        Whole, on every rank, as an engine's prefill reads them. A video that cannot be decoded is an error or,
-        with data.on_bad_media=skip, stands in its prompt's place.
+        A video that cannot be decoded is an error or, with data.on_bad_media=skip, stands in its prompt's
+        place.
         """
-        return [
-            entry.whole() if isinstance(entry, ShardedRows) else entry for entry in self.sharded_rows(prompts)
-        ]
-
-    def sharded_rows(self, prompts: Sequence[Prompt]) -> list[ShardedRows | None | MediaError]:
-        """As `rows`, but each rank holds those that it encoded."""
         with self.timers("time/encode"):
             if self.reuse == "none":
                 found = [self.videos.encode(prompt.videos, keep=False) for prompt in prompts]
@@ -93,9 +87,9 @@ class MediaEncoder:
         return found
 
     def rows_for_training(
-        self, prompts: Sequence[Prompt], media_rows: Sequence[Tensor | None], *, grad: bool
-    ) -> list[Tensor | None]:
-        """Return the media rows of prompts for a pass over their responses, whole on every rank.
+        self, prompts: Sequence[Prompt], media_rows: Sequence[ShardedRows | None], *, grad: bool
+    ) -> list[ShardedRows | None]:
+        """Return the media rows of prompts for a pass over their responses.
 
         Args:
             media_rows: what `rows` gave when the step began: still right while tower and projector are
@@ -104,18 +98,12 @@ class MediaEncoder:
         """
         if not self.encode_again:
             return list(media_rows)
-        shards = self.shards_for_training(prompts, grad=grad)
-        return [None if shard is None else shard.whole() for shard in shards]
-
-    def shards_for_training(self, prompts: Sequence[Prompt], *, grad: bool) -> list[ShardedRows | None]:
-        """As `rows_for_training`, but each rank holds those that it encoded; `join_shards` makes one of them."""
-        keep = self.reuse == "step"
         with self.timers("time/encode"):
             if self.reuse == "none":
                 found = [self.videos.encode_or_raise(p.videos, grad=grad, keep=False) for p in prompts]
                 return [join_shards(parts) for parts in found]
             distinct = list(dict.fromkeys(_videos(prompts)))
-            rows = self.videos.encode_or_raise(distinct, grad=grad, keep=keep)
+            rows = self.videos.encode_or_raise(distinct, grad=grad, keep=self.reuse == "step")
         by_video = dict(zip(distinct, rows, strict=True))
         return [join_shards([by_video[video] for video in prompt.videos]) for prompt in prompts]
 

@@ -34,7 +34,7 @@ def test_loss_and_gradient_equal_transformers(world, tmp_path, monkeypatch, budg
         losses, count = torch.zeros(()), 0
         for row in session.rows:  # one batch is one epoch, so the order does not matter
             prompt, target = builder.build(row), builder.encode_response(target_text(row))
-            logits = hf_logits(hf, prompt, session.encoder.rows([prompt])[0], target)
+            logits = hf_logits(hf, prompt, session.encoder.rows([prompt])[0].whole(), target)
             losses = losses + torch.nn.functional.cross_entropy(logits, target, reduction="sum")
             count += len(target)
         (losses / count).backward()
@@ -55,7 +55,7 @@ def test_labels_of_one_sequence_are_what_transformers_masks(world, tmp_path, mon
             trainer_module, "draw_examples", lambda *a, **k: drawn.extend(draw(*a, **k)) or list(drawn)
         )
         metrics = trainer.train_step(1)
-        prompt, media_rows = drawn[0].prompt, drawn[0].media_rows
+        prompt, media_rows = drawn[0].prompt, drawn[0].media_rows.whole()
         target = session.prompts.builder.encode_response(target_text(prompt.row))
         ids = torch.cat([prompt.token_ids, target])
         embeddings = hf.get_input_embeddings()(ids)
