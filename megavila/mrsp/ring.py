@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megavila_kernels import IntervalMask
-from megavila_kernels.interval_attention.torch_backend import attend_backward, attend_forward
+from megavila_kernels.interval_attention import AttentionState, Gradients, finish, get_backend
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megavila.runtime.errors import MegavilaError
 
-# Those that give fp32 partial results and take the final ones for the backward pass.
-BACKENDS = ("auto", "torch")
+# Those that can continue a softmax.
+BACKENDS = ("auto", "torch", "triton")
 
 
 class Transfer(Protocol):
@@ -94,6 +94,7 @@ class RingAttention:
         self.neighbours = neighbours
         self.masks = masks
         self.block_sizes = block_sizes
+        self.backend = backend
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -105,47 +106,48 @@ class RingAttention:
         return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """out (t, heads, d) and lse (t, heads), both fp32 (fp64 for fp64 inputs)."""
-        dtype = _accumulation_dtype(q)
-        out = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        lse = torch.full(q.shape[:2], float("-inf"), dtype=dtype, device=q.device)
+        """out (t, heads, d) in q's dtype and lse (t, heads) in fp32 (fp64 for fp64 inputs)."""
+        backend = get_backend(self.backend, q)
+        state: AttentionState | None = None
         block = torch.stack((k, v))
         for step in range(self.neighbours.size):
             following, transfers = self._pass_on(block, step)
             mask = self._mask_at(step)
             if mask is not None:
-                plan = mask.plan(q.shape[1], k.shape[1], q.device)
-                join(out, lse, *attend_forward(q, block[0], block[1], plan, scale))
-            _finish(transfers)
+                state = backend.accumulate(q, block[0], block[1], mask, scale, state)
+            _wait(transfers)
             block = following
-        return out, lse
+        if state is None:  # no tokens here
+            lse = torch.full(q.shape[:2], float("-inf"), dtype=_accumulation_dtype(q), device=q.device)
+            return torch.zeros_like(q), lse
+        return finish(state, q.dtype)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq (t, heads, d), dk and dv (t, kv_heads, d) in fp32 (fp64 for fp64 inputs)."""
-        dtype = _accumulation_dtype(q)
+        dtype, backend = _accumulation_dtype(q), get_backend(self.backend, q)
+        rows = backend.row_gradients(dout, None, out, lse)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
         block = torch.stack((k, v))
         gradient = self._buffer("gradients", 0, self.neighbours.rank, k, dtype).zero_()
         arriving: Sequence[Transfer] = ()
         for step in range(self.neighbours.size):
             following, transfers = self._pass_on(block, step)
-            mask, part = self._mask_at(step), None
+            mask, share = self._mask_at(step), None
             if mask is not None:
-                plan = mask.plan(q.shape[1], k.shape[1], q.device)
-                part = attend_backward(dout, None, q, block[0], block[1], out, lse, plan, scale)
-                dq += part[0]
-            _finish(arriving)  # what the ranks before have added to this block's gradient
-            if part is not None:
-                gradient[0] += part[1]
-                gradient[1] += part[2]
+                share = self._buffer("share", 0, self._holder_at(step), k, dtype).zero_()
+                into = Gradients(dq, share[0], share[1])
+                backend.backward(rows, q, block[0], block[1], mask, scale, into)
+            _wait(arriving)  # what the ranks before have added to this block's gradient
+            if share is not None:
+                gradient += share
             received = self._buffer("gradients", step + 1, self._holder_at(step + 1), k, dtype)
             arriving = self.neighbours.shift(gradient, received)
             gradient = received
-            _finish(transfers)
+            _wait(transfers)
             block = following
-        _finish(arriving)
+        _wait(arriving)
         return dq, gradient[0], gradient[1]
 
     def _holder_at(self, step: int) -> int:
@@ -174,23 +176,10 @@ class RingAttention:
         return buffers[step % 2, : 2 * tokens * row].view(2, tokens, *like.shape[1:])
 
 
-def join(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Add to (out, lse) of a softmax, in place, what it makes of further keys.
-
-    out, part: (t, heads, d); lse, part_lse: (t, heads), -inf for rows that have seen nothing.
-    """
-    total = torch.logaddexp(lse, part_lse)
-    pivot = total.masked_fill(total == float("-inf"), 0.0)
-    out.mul_((lse - pivot).exp_()[..., None])
-    out.addcmul_(part, (part_lse - pivot).exp_()[..., None])
-    lse.copy_(total)
-
-
 class _RingAttend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention, scale: float) -> Tensor:
         out, lse = ring.forward(q, k, v, scale)
-        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.ring, ctx.scale = ring, scale
         return out
@@ -208,6 +197,6 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _finish(transfers: Sequence[Transfer]) -> None:
+def _wait(transfers: Sequence[Transfer]) -> None:
     for transfer in transfers:
         transfer.wait()

@@ -1,15 +1,17 @@
 """Ring attention over any degree against dense attention over the whole layout, gradients included."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from megavila_kernels.interval_attention import finish, get_backend
 from megavila_kernels.interval_attention.reference import reference_attend
 from torch import Tensor
 
 from megavila.mrsp.layout import LAYOUT_KINDS, Group, Layout, LayoutKind, build_layout
-from megavila.mrsp.ring import RingAttention, join
+from megavila.mrsp.ring import RingAttention
 from megavila.mrsp.sharding import shard_layout
 from tests.mrsp.threads import ThreadGroup, Wire, run_threads
 
@@ -105,9 +107,7 @@ def test_error_in_bf16_does_not_grow_with_the_ring(make_prompt: Make, make_respo
 
 
 def test_bf16_partial_results_would_fail_that(make_prompt: Make, make_responses: Make) -> None:
-    """What the test above guards against: each block's out rounded before it is joined."""
-    from megavila_kernels.interval_attention.torch_backend import attend_forward
-
+    """What the test above guards against: the state rounded between the steps."""
     layout = build_layout([Group(make_prompt(300, [20], 80, seed=1), make_responses([63, 97, 41], 1))])
     q, k, v, dout = (x.bfloat16() for x in inputs(layout.num_tokens))
     exact = dense(layout, *(x.double() for x in (q, k, v, dout)))[0]
@@ -115,18 +115,15 @@ def test_bf16_partial_results_would_fail_that(make_prompt: Make, make_responses:
     everything = torch.arange(layout.num_tokens)
 
     def forward(rounded: bool) -> float:
-        out = torch.zeros(q.shape)
-        lse = torch.full(q.shape[:2], float("-inf"))
+        backend, state = get_backend("torch", q), None
         for block in sharding.tokens:
             mask = sharding.mask(everything, block)
             assert mask is not None
-            part, part_lse = attend_forward(
-                q, k[block], v[block], mask.plan(HEADS, KV_HEADS, q.device), D**-0.5
-            )
-            join(out, lse, part.bfloat16().float() if rounded else part, part_lse)
+            state = backend.accumulate(q, k[block], v[block], mask, D**-0.5, state)
             if rounded:
-                out = out.bfloat16().float()
-        return error(out.bfloat16(), exact)
+                state = replace(state, acc=state.acc.bfloat16().float())
+        assert state is not None
+        return error(finish(state, q.dtype)[0], exact)
 
     assert forward(rounded=True) > 1.1 * forward(rounded=False)
 
