@@ -144,8 +144,10 @@ class ModelConfig(Section):
     train_vision: bool = knob(False, "Train the vision tower.")
     train_projector: bool = knob(True, "Train the projector.")
     train_language: bool = knob(True, "Train the decoder.")
-    recompute: Literal["none", "full"] = knob(
-        "none", "full: recompute each decoder layer in the backward pass."
+    recompute: Literal["none", "full", "keep_attention"] = knob(
+        "none",
+        "full: recompute each decoder layer in the backward pass; keep_attention: all of it but attention, whose output "
+        "is kept (tokens x hidden size more a layer, and no attention done twice).",
     )
     attention_backend: Literal["auto", "torch", "reference"] = knob(
         "auto", "Implementation of interval attention; auto: the best one for the device."
@@ -153,6 +155,11 @@ class ModelConfig(Section):
 
     def validate(self) -> None:
         self.require_positive("init_std")
+        require(
+            self.recompute != "keep_attention" or self.attention_backend != "reference",
+            "recompute keep_attention needs an attention_backend that can go on from kept results; use auto, or "
+            "recompute full",
+        )
         require(
             self.path is not None or self.language is not None,
             "neither path nor language is set; name a checkpoint directory in path or describe the decoder",

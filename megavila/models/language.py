@@ -41,7 +41,7 @@ class LanguageModel(nn.Module):
         topology: supplies the tensor-parallel group.
         dtype: of the parameters.
         recompute: "none", or "full": keep only each layer's input and run the layer again in the backward
-            pass.
+            pass; "keep_attention": the same here, and the attention strategy keeps its results.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ def _check_divisible(config: LanguageConfig, tensor: int) -> None:
 def _transformer_config(
     config: LanguageConfig, topology: Topology, dtype: torch.dtype, recompute: str
 ) -> TransformerConfig:
-    full = recompute == "full"
+    again = recompute != "none"
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -178,9 +178,9 @@ def _transformer_config(
         # These go through torch.compile on first use, and again for each new token count.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        recompute_granularity="full" if full else None,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=1 if full else None,
+        recompute_granularity="full" if again else None,
+        recompute_method="uniform" if again else None,
+        recompute_num_layers=1 if again else None,
     )
 
 

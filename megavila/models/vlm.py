@@ -93,7 +93,7 @@ class VisionLanguageModel(nn.Module):
         modules: Sequence[nn.Module],
     ) -> torch.Tensor:
         trained = any(parameter.requires_grad for module in modules for parameter in module.parameters())
-        recompute = self.config.recompute == "full" and trained and torch.is_grad_enabled()
+        recompute = self.config.recompute != "none" and trained and torch.is_grad_enabled()
         encoded = [
             checkpoint(encode, batch, use_reentrant=False) if recompute else encode(batch)
             for batch in inputs.split(self.max_frames_per_batch)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from megavila.models.attention import AttentionContext, AttentionStrategy
 from megavila.models.vlm import VisionLanguageModel
-from megavila.mrsp.attention import LocalAttention
+from megavila.mrsp.attention import Kept, LocalAttention
 from megavila.mrsp.gather import padded_shard_gather
 from megavila.mrsp.layout import Layout
 from megavila.mrsp.ring import GroupNeighbours, RingAttention
@@ -90,10 +90,12 @@ class Shard:
         return _Collect.apply(values, self.target_numbers, total, self.group)  # type: ignore[no-any-return]
 
 
-def take_shard(layout: Layout, topology: Topology, backend: str = "auto") -> Shard:
+def take_shard(layout: Layout, topology: Topology, backend: str = "auto", *, keep: bool = False) -> Shard:
     """This rank's shard of a layout, on the layout's device.
 
-    backend: of the interval kernel, as `model.attention_backend`.
+    Args:
+        backend: of the interval kernel, as `model.attention_backend`.
+        keep: attention's results are kept for the recomputation of layers, which must follow.
     """
     # One rank needs no padding: sequence parallelism brings its own.
     tensor = topology.tensor if topology.context > 1 else 1
@@ -109,7 +111,7 @@ def take_shard(layout: Layout, topology: Topology, backend: str = "auto") -> Sha
         sharding=sharding,
         context=AttentionContext(
             position_ids=layout.position_ids[..., held].masked_fill(~real, 0),
-            attend=attention_over(sharding, topology, device, backend),
+            attend=attention_over(sharding, topology, device, backend, {} if keep else None),
         ),
         text_ids=layout.token_ids[held[is_text]],
         source_index=torch.where(real, torch.where(is_text, 0, 1), -1).int(),
@@ -122,7 +124,7 @@ def take_shard(layout: Layout, topology: Topology, backend: str = "auto") -> Sha
 
 
 def attention_over(
-    sharding: Sharding, topology: Topology, device: torch.device, backend: str
+    sharding: Sharding, topology: Topology, device: torch.device, backend: str, kept: Kept | None = None
 ) -> AttentionStrategy:
     """The attention strategy for a shard: Ulysses groups of neighbouring ranks, a ring of such groups, or both.
 
@@ -135,10 +137,10 @@ def attention_over(
     masks = [sharding.mask(blocks[topology.ring_rank], block) for block in blocks]
     if topology.ring == 1:
         assert masks[0] is not None  # every token sees itself
-        inner: AttentionStrategy = LocalAttention(masks[0], backend)
+        inner: AttentionStrategy = LocalAttention(masks[0], backend, kept)
     else:
         inner = RingAttention(
-            GroupNeighbours(topology.ring_group), masks, [len(block) for block in blocks], backend
+            GroupNeighbours(topology.ring_group), masks, [len(block) for block in blocks], backend, kept
         )
     if degree == 1:
         return inner

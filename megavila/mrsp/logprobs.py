@@ -58,7 +58,12 @@ def _predict(
     chunk: int,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    shard = take_shard(layout, model.language.topology, model.config.attention_backend)
+    shard = take_shard(
+        layout,
+        model.language.topology,
+        model.config.attention_backend,
+        keep=model.config.recompute == "keep_attention" and torch.is_grad_enabled(),
+    )
     hidden = model(shard.embed(model, join_media_rows(media_rows)), shard.context)
     logprobs, entropy = model.token_logprobs(
         hidden.index_select(0, shard.predictor_rows),

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from megavila_kernels import IntervalMask
 from megavila_kernels.interval_attention import AttentionState, Gradients, finish, get_backend
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from megavila.mrsp.attention import Kept, differentiable
 from megavila.runtime.errors import MegavilaError
 
 # Those that can continue a softmax.
@@ -75,6 +75,7 @@ class RingAttention:
         block_sizes: tokens of each rank of the ring. Rows of q, k and v beyond this rank's own are padding:
             they take no part and come out as zeros.
         backend: of the interval kernel, as `model.attention_backend`.
+        kept: see `differentiable`; a layer's recomputation then does without its ring.
 
     Raises MegavilaError for a backend that cannot continue a softmax.
     """
@@ -85,6 +86,7 @@ class RingAttention:
         masks: Sequence[IntervalMask | None],
         block_sizes: Sequence[int],
         backend: str = "auto",
+        kept: Kept | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise MegavilaError(
@@ -95,6 +97,7 @@ class RingAttention:
         self.masks = masks
         self.block_sizes = block_sizes
         self.backend = backend
+        self.kept = kept
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -102,11 +105,11 @@ class RingAttention:
         padding = len(q) - self.block_sizes[self.neighbours.rank]
         if padding:
             q, k, v = (x[:-padding] for x in (q, k, v))
-        out: Tensor = _RingAttend.apply(q, k, v, self, scale)  # type: ignore[assignment]
+        out = differentiable(self, layer, q, k, v, scale, self.kept)
         return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """out (t, heads, d) in q's dtype and lse (t, heads) in fp32 (fp64 for fp64 inputs)."""
+        """See `AttentionPass`."""
         backend = get_backend(self.backend, q)
         state: AttentionState | None = None
         block = torch.stack((k, v))
@@ -125,7 +128,7 @@ class RingAttention:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq (t, heads, d), dk and dv (t, kv_heads, d) in fp32 (fp64 for fp64 inputs)."""
+        """See `AttentionPass`."""
         dtype, backend = _accumulation_dtype(q), get_backend(self.backend, q)
         rows = backend.row_gradients(dout, None, out, lse)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
@@ -148,7 +151,9 @@ class RingAttention:
             _wait(transfers)
             block = following
         _wait(arriving)
-        return dq, gradient[0], gradient[1]
+        # dK and dV lie in buffers that the next layer writes to.
+        dk, dv = (part.to(k.dtype, copy=True) for part in gradient)
+        return dq.to(q.dtype), dk, dv
 
     def _holder_at(self, step: int) -> int:
         """Whose block is here at a step."""
@@ -174,23 +179,6 @@ class RingAttention:
             self._buffers[name, dtype] = buffers
         tokens = self.block_sizes[holder]
         return buffers[step % 2, : 2 * tokens * row].view(2, tokens, *like.shape[1:])
-
-
-class _RingAttend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention, scale: float) -> Tensor:
-        out, lse = ring.forward(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring, ctx.scale = ring, scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = ctx.ring.backward(grads[0], q, k, v, out, lse, ctx.scale)
-        # dk and dv lie in buffers that the next layer writes to.
-        return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True), None, None
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:

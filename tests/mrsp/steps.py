@@ -29,7 +29,7 @@ GRID: dict[str, list[tuple[int, list[int], int, list[int]]]] = {
 }
 
 
-def build(topology: Topology, dtype: str) -> VisionLanguageModel:
+def build(topology: Topology, dtype: str, recompute: str = "none") -> VisionLanguageModel:
     config = ModelConfig(
         language=LanguageConfig(
             hidden_size=32,
@@ -45,6 +45,7 @@ def build(topology: Topology, dtype: str) -> VisionLanguageModel:
         ),
         projector=ProjectorConfig(kind="mlp_downsample_2x2_fix"),
         train_vision=True,
+        recompute=recompute,  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]
     )
     model = build_model(config, topology, get_platform("cpu"))

@@ -68,6 +68,7 @@ def on_ranks(rank: int, world: int, weights: dict[str, Tensor]) -> dict[str, Any
             "padding": padding_gradients(model, topology),
             "projector": projector_alone(model),
             "refused": refused(model),
+            "recompute": kept_attention(topology, weights),
         }
         parallel_state.destroy_model_parallel()
     return results
@@ -110,6 +111,13 @@ def projector_alone(model: VisionLanguageModel) -> tuple[Tensor, dict[str, Tenso
     result = run(model, make_step("one response"), "shared_prefix")
     model.requires_grad_(True)
     return result
+
+
+def kept_attention(topology: Topology, weights: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A step whose layers are recomputed, but not their attention."""
+    model = build(topology, "float64", recompute="keep_attention")
+    load_hf(model, weights)
+    return run(model, make_step("mixed"), "shared_prefix")
 
 
 def refused(model: VisionLanguageModel) -> str:
@@ -239,6 +247,15 @@ def test_a_rank_without_video_serves_the_projectors_gradient(
         logprobs, grads = ranks[0][name]["projector"]
         assert relative(logprobs, expected["projector"][0]) < 1e-9
         assert max(errors(grads, expected["projector"][1]).values()) < 1e-9
+
+
+def test_recomputation_with_kept_attention_gives_the_same(world: tuple[int, list[dict[str, Any]]]) -> None:
+    size, ranks = world
+    for name in DEGREES[size]:
+        logprobs, grads = ranks[0][name]["recompute"]
+        plain, plain_grads = ranks[0][name]["found"]["mixed", "shared_prefix", "float64"]
+        assert torch.equal(logprobs, plain)
+        assert max(errors(grads, plain_grads).values()) < 1e-12
 
 
 def test_media_rows_that_do_not_fit_are_refused_everywhere(world: tuple[int, list[dict[str, Any]]]) -> None:
