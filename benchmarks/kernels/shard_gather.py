@@ -1,7 +1,8 @@
 """Padded shard gather against copying as many bytes, and against plain torch: `python -m benchmarks.kernels.shard_gather`.
 
 All contestants take turns within one run, so that what else the machine does hits each of them, and it is ratios of
-neighbouring times that are reported: speed relative to `torch.Tensor.copy_` of one block of the same size on the
+neighbouring times that are reported, by the wall clock and by the process's own CPU time (which a busy machine
+disturbs less; with several threads it says nothing about how long anything takes): speed relative to `torch.Tensor.copy_` of one block of the same size on the
 same threads (1.0: memory bandwidth), and relative to `index_select` on one table of all rows followed by `pad`. The
 table is not charged for: plain torch would have to build it first.
 """
@@ -62,23 +63,28 @@ def measure(case: Callable[[int, int], tuple[Tensor, Tensor]], tokens: int, roun
         "index_select_pad": lambda: F.pad(table.index_select(0, index), (0, 0, 0, padding)),
     }
     assert torch.equal(contestants["gather"](), contestants["index_select_pad"]())
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    clocks = {"wall": time.perf_counter, "cpu": time.process_time}
+    times: dict[str, dict[str, list[float]]] = {c: {name: [] for name in contestants} for c in clocks}
     for _ in range(rounds):
         for name, run in contestants.items():
-            start = time.perf_counter()
+            start = {c: clock() for c, clock in clocks.items()}
             run()
-            times[name].append(time.perf_counter() - start)
-    gathered = times.pop("gather")
+            for c, clock in clocks.items():
+                times[c][name].append(clock() - start[c])
     ratios = {
-        f"{name}_time_over_gather_time": _quartiles([t / g for t, g in zip(other, gathered, strict=True)])
-        for name, other in times.items()
+        f"{other}_{c}_time_over_gather_{c}_time": _quartiles(
+            [t / g for t, g in zip(times[c][other], times[c]["gather"], strict=True)]
+        )
+        for other in ("copy", "index_select_pad")
+        for c in clocks
     }
-    copied = 2 * out.nbytes / statistics.median(times["copy"]) / 1e9
     return {
         "case": case.__name__,
         "rows": len(source_index),
         "mebibytes": round(out.nbytes / 2**20, 1),
-        "copy_read_and_write_gb_per_s": round(copied, 2),
+        "copy_gb_read_and_written_per_cpu_s": round(
+            2 * out.nbytes / statistics.median(times["cpu"]["copy"]) / 1e9, 2
+        ),
         **ratios,
     }
 

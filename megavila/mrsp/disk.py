@@ -1,8 +1,9 @@
 """Encoded videos on disk, for later epochs and later runs with the same frozen weights."""
 
+import contextlib
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,16 +66,14 @@ class DiskStore:
             return
         folder = self._folder(key)
         rows = rows.detach().cpu().contiguous()
-        temporary = None
+        temporary = folder / f"{start}-{stop}.{uuid.uuid4().hex}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-            os.close(handle)
             save_file({_NAME: rows}, temporary, {"checksum": _checksum(rows), "key": _describe(key)})
             os.replace(temporary, folder / f"{start}-{stop}.safetensors")
         except (OSError, SafetensorError) as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             # Not raised: other ranks would wait for one that met this, and the rows themselves are sound.
             self.writable = False
             _log.warning(
@@ -96,8 +95,9 @@ class DiskStore:
         if not why:
             return rows
         self.counters.corrupt += 1
-        _log.warning(f"{path}: {why}; it is removed and its frames are encoded again")
-        path.unlink(missing_ok=True)
+        _log.warning(f"{path}: {why}; its frames are encoded again and it is removed, where that is allowed")
+        with contextlib.suppress(OSError):  # another user's file, a disk that is read only
+            path.unlink()
         return None
 
     def _folder(self, key: StoreKey) -> Path:
