@@ -14,6 +14,7 @@ from megavila.data.targets import ReasoningHook, target_text
 from megavila.mrsp.layout import Group, build_layout
 from megavila.mrsp.logprobs import response_logprobs
 from megavila.mrsp.shards import ShardedRows
+from megavila.runtime.collectives import broadcast_object
 from megavila.runtime.seeds import derive_seed
 from megavila.training.agreement import together
 from megavila.training.batching import Piece, micro_batches
@@ -47,7 +48,10 @@ class SftTrainer:
         examples = draw_examples(
             session, self.config.sft.batch_size, tally, encode=not session.encoder.encode_again
         )
-        targets = together(lambda: self._targets(step, examples), session.topology)
+        # One rank speaks for its replica: reasoning that a hook samples would differ from rank to rank.
+        speaks = session.topology.mrsp_rank == 0
+        targets = together(lambda: self._targets(step, examples) if speaks else None, session.topology)
+        targets = broadcast_object(targets, session.topology.mrsp_group)
         taught = [(e, t) for e, t in zip(examples, targets, strict=True) if t is not None]
         groups = [Group(example.prompt, (target,)) for example, target in taught]
         media_rows = [example.media_rows for example, _ in taught]

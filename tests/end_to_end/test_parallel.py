@@ -13,7 +13,7 @@ from megavila.rl.run import run_grpo
 from megavila.runtime.metrics import read_metrics
 from megavila.sft.run import run_sft
 from tests.distributed import run_ranks
-from tests.end_to_end.tiny import grpo_config, scored, sft_config, write_world
+from tests.end_to_end.tiny import grpo_config, retold, scored, sft_config, write_world
 
 GRPO = {"kl_beta": 0.1, "updates_per_batch": 2, "drop_zero_variance": True}
 
@@ -36,7 +36,11 @@ def sft(world, name, parallel):
         world,
         name,
         parallel=parallel,
-        sft={"batch_size": 5, "max_tokens_per_microbatch": 90},
+        sft={
+            "batch_size": 5,
+            "max_tokens_per_microbatch": 90,
+            "reasoning": "tests.end_to_end.tiny:retell",
+        },
         model={"train_vision": True},
         # Some biases have no gradient but rounding; Adam must not take it for one.
         optimizer={"eps": 1e-5},
@@ -48,14 +52,18 @@ def grpo(world, name, parallel):
 
 
 def on_ranks(rank, size, world):
-    """All runs in one set of processes: starting one takes longer than training. Returns responses scored."""
+    """All runs in one set of processes: starting one takes longer than training.
+
+    Returns for each run how many responses this rank has scored and how much reasoning it has written.
+    """
     session_module.shutdown = parallel_state.destroy_model_parallel  # keep the world for the next run
     counts = {}
     for name, parallel in DEGREES[size].items():
-        run_sft(sft(world, f"sft-{name}", parallel))
         scored.clear()
+        retold.clear()
+        run_sft(sft(world, f"sft-{name}", parallel))
         run_grpo(grpo(world, f"grpo-{name}", parallel))
-        counts[name] = len(scored)
+        counts[name] = len(scored), len(retold)
     return counts
 
 
@@ -70,7 +78,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def counts(world):
-    """After all runs, for each number of ranks and each rank how many responses it scored by run."""
+    """After all runs, what `on_ranks` returned, by number of ranks and rank."""
     return {size: run_ranks(on_ranks, size, size, world) for size in DEGREES}
 
 
@@ -140,12 +148,13 @@ def test_something_was_learned(world, kind):
         assert rows[0]["grpo/clip_fraction"] > 0 and rows[-1]["grpo/kl"] > 0
 
 
-def test_each_response_is_scored_once(counts):
-    """By one rank of its replica: 3 steps of 4 prompts with 4 responses each."""
+def test_each_response_is_scored_and_each_reasoning_written_once(counts):
+    """By one rank of its replica: 3 steps of 4 prompts with 4 responses each, and of 5 rows."""
     for size, degrees in DEGREES.items():
         for name in degrees:
-            each = [rank[name] for rank in counts[size]]
-            assert sum(each) == 48 and max(each) < 48
+            scores, reasonings = zip(*(rank[name] for rank in counts[size]), strict=True)
+            assert sum(scores) == 48 and max(scores) < 48
+            assert sum(reasonings) == 15
 
 
 def test_rollouts_are_the_same_text(world, counts):

@@ -125,6 +125,16 @@ def grpo_config(world: Path, name: str, /, **sections: dict[str, Any]) -> GrpoRu
     return build(GrpoRunConfig, settings(world, name, **sections))
 
 
+retold: list[str] = []
+"""The rows that `retell` has been asked about in this process."""
+
+
+def retell(row: Any, timestamps: Any) -> str:
+    """A row's own reasoning, as a hook."""
+    retold.append(row.problem_id)
+    return row.reasoning
+
+
 scored: list[str] = []
 """The row of each response that `reward_words` has scored in this process."""
 
