@@ -32,6 +32,35 @@ def test_equals_full_softmax(chunk: int, temperature: float, topology: Topology)
         assert (ours.double() - theirs).norm() / theirs.norm() < 1e-5
 
 
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_fused_backend_equals_full_softmax(with_entropy: bool, topology: Topology) -> None:
+    """The whole path on the Triton kernels, gradients included; in their interpreter without a GPU."""
+    pytest.importorskip("triton")
+    inputs = logprob_inputs()
+    inputs.upstream[1] *= with_entropy
+    expected = logprob_reference(inputs, 0.7)
+    hidden = inputs.hidden.float().requires_grad_()
+    weight = inputs.weight.float().requires_grad_()
+    logprobs, entropy = token_logprobs(
+        hidden,
+        weight,
+        inputs.targets,
+        topology=topology,
+        temperature=0.7,
+        chunk=7,
+        with_entropy=with_entropy,
+        backend="triton",
+    )
+    loss = (logprobs * inputs.upstream[0]).sum()
+    if entropy is not None:
+        loss = loss + (entropy * inputs.upstream[1]).sum()
+    loss.backward()
+    actual = (logprobs, entropy, hidden.grad, weight.grad)
+    for ours, theirs in zip(actual, expected, strict=True):
+        if ours is not None:
+            assert (ours.double() - theirs).norm() / theirs.norm() < 1e-5
+
+
 def test_without_entropy_and_in_double_precision(topology: Topology) -> None:
     inputs = logprob_inputs()
     hidden, weight = inputs.hidden.clone().requires_grad_(), inputs.weight.clone().requires_grad_()
@@ -69,5 +98,7 @@ def test_errors(topology: Topology) -> None:
         token_logprobs(hidden, weight, torch.tensor([0, 1, 2]), topology=topology)
     with pytest.raises(MegavilaError, match="temperature is 0"):
         token_logprobs(hidden, weight, torch.tensor([0, 1, 2, 3]), topology=topology, temperature=0)
+    with pytest.raises(MegavilaError, match="backend is 'fast'"):
+        token_logprobs(hidden, weight, torch.tensor([0, 1, 2, 3]), topology=topology, backend="fast")
     with pytest.raises(MegavilaError, match="chunk is 0"):
         token_logprobs(hidden, weight, torch.tensor([0, 1, 2, 3]), topology=topology, chunk=0)
