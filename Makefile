@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Pinned and installed first: on its own, any dependency would pull a newer torch with gigabytes of CUDA libraries.
 TORCH := torch==2.13.0
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format kernel-report clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+# Registers, shared memory, stack and instructions of every GPU kernel, compiled without a GPU.
+kernel-report: install
+	$(BIN)/python tools/kernel_report.py $(ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -273,8 +273,14 @@ def dkdv_kernel(
 
     key_rows = load_rows(k + kv_head * stride_kh, start, tokens_k, stride_kt, BLOCK_K, True, D, BLOCK_D)
     value_rows = load_rows(v + kv_head * stride_vh, start, tokens_k, stride_vt, BLOCK_K, True, D, BLOCK_D)
-    dk_acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    dv_acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    row_stride = KV_HEADS * D
+    if ACCUMULATE:
+        # Loaded now rather than added at the end, where they would need registers beside the sums.
+        dk_acc = load_rows(dk + kv_head * D, start, tokens_k, row_stride, BLOCK_K, True, D, BLOCK_D) / scale
+        dv_acc = load_rows(dv + kv_head * D, start, tokens_k, row_stride, BLOCK_K, True, D, BLOCK_D)
+    else:
+        dk_acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        dv_acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     # The outer loop is the one over full and masked runs, so that either's addresses need registers only there.
     for masked in tl.static_range(2):
         for member in range(REPEAT):
@@ -308,9 +314,5 @@ def dkdv_kernel(
                     PRECISION,
                 )
     dk_acc *= scale
-    row_stride = KV_HEADS * D
-    if ACCUMULATE:
-        dk_acc += load_rows(dk + kv_head * D, start, tokens_k, row_stride, BLOCK_K, True, D, BLOCK_D)
-        dv_acc += load_rows(dv + kv_head * D, start, tokens_k, row_stride, BLOCK_K, True, D, BLOCK_D)
     store_rows(dk + kv_head * D, start, tokens_k, row_stride, dk_acc, BLOCK_K, D, BLOCK_D)
     store_rows(dv + kv_head * D, start, tokens_k, row_stride, dv_acc, BLOCK_K, D, BLOCK_D)

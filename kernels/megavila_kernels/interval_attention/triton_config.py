@@ -34,14 +34,14 @@ HALF: dict[str, dict[str, dict[int, KernelConfig]]] = {
             256: KernelConfig(128, 32, 8, 2),
         },
         "sm_80": {
-            64: KernelConfig(128, 64, 4, 3),
+            64: KernelConfig(128, 64, 8, 3),
             128: KernelConfig(128, 64, 8, 3),
-            256: KernelConfig(64, 32, 4, 2),
+            256: KernelConfig(64, 32, 8, 2),
         },
         "small": {
-            64: KernelConfig(128, 64, 4, 2),
-            128: KernelConfig(64, 64, 4, 2),
-            256: KernelConfig(64, 32, 4, 1),
+            64: KernelConfig(128, 64, 8, 2),
+            128: KernelConfig(64, 64, 8, 2),
+            256: KernelConfig(64, 32, 8, 1),
         },
     },
     "dq": {
@@ -52,13 +52,13 @@ HALF: dict[str, dict[str, dict[int, KernelConfig]]] = {
         },
         "sm_80": {
             64: KernelConfig(128, 64, 8, 3),
-            128: KernelConfig(128, 64, 8, 2),
+            128: KernelConfig(128, 32, 8, 2),
             256: KernelConfig(64, 32, 8, 2),
         },
         "small": {
             64: KernelConfig(64, 64, 4, 2),
             128: KernelConfig(64, 32, 4, 2),
-            256: KernelConfig(32, 32, 8, 1),
+            256: KernelConfig(32, 32, 4, 1),
         },
     },
     "dkdv": {
@@ -68,22 +68,31 @@ HALF: dict[str, dict[str, dict[int, KernelConfig]]] = {
             256: KernelConfig(32, 64, 8, 2),
         },
         "sm_80": {
-            64: KernelConfig(64, 128, 8, 2),
-            128: KernelConfig(64, 128, 8, 2),
+            64: KernelConfig(64, 64, 8, 2),
+            128: KernelConfig(128, 64, 8, 2),
             256: KernelConfig(32, 64, 8, 1),
         },
         "small": {
             64: KernelConfig(64, 64, 8, 2),
-            128: KernelConfig(32, 64, 4, 2),
+            128: KernelConfig(32, 64, 8, 2),
             256: KernelConfig(32, 32, 8, 1),
         },
     },
 }
-# fp32 products run on the ordinary cores at full precision: small tiles, for the registers they take.
+# fp32 products run on the ordinary cores at full precision, for comparisons rather than for training. Triton keeps
+# operands of such products in registers and spills some in the forward kernel whatever the tile.
 FULL_PRECISION = {
-    64: KernelConfig(32, 32, 4, 1),
-    128: KernelConfig(32, 32, 8, 1),
-    256: KernelConfig(16, 16, 8, 1),
+    "forward": {
+        64: KernelConfig(32, 32, 8, 1),
+        128: KernelConfig(16, 32, 8, 1),
+        256: KernelConfig(16, 16, 8, 1),
+    },
+    "dq": {64: KernelConfig(32, 32, 4, 1), 128: KernelConfig(32, 32, 8, 1), 256: KernelConfig(16, 16, 8, 1)},
+    "dkdv": {
+        64: KernelConfig(16, 32, 8, 1),
+        128: KernelConfig(32, 32, 8, 1),
+        256: KernelConfig(16, 16, 8, 1),
+    },
 }
 # What Triton's interpreter takes grows with the number of tiles.
 INTERPRETER = KernelConfig(64, 64, 4, 1)
@@ -110,7 +119,7 @@ def config_for(kernel: str, capability: tuple[int, int], d: int, dtype: torch.dt
     """The configuration on a GPU of this compute capability."""
     columns = max(64, padded_head_dim(d))
     if dtype == torch.float32:
-        return FULL_PRECISION[columns]
+        return FULL_PRECISION[kernel][columns]
     if capability in ((9, 0), (10, 0), (10, 3)):
         gpu = "sm_90"
     elif capability == (8, 0):

@@ -1,0 +1,251 @@
+"""Compiles every shipped Triton kernel for GPUs that need not be here and reports what the compiler made of it.
+
+For each kernel, GPU, head dimension, dtype and mode: registers, shared memory, stack, tensor-core instructions
+(HMMA, or HGMMA on sm_90) and asynchronous copies (LDGSTS, or UTMA) in the machine code. A stack means that
+registers spill to memory; one in a shipped half-precision configuration makes the exit code 1. Needs Triton,
+whose wheel brings ptxas and cuobjdump, but neither a GPU nor CUDA.
+
+    python tools/kernel_report.py            # everything
+    python tools/kernel_report.py --quick    # head dimension 128 in bf16 on sm_80 and sm_90
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Compiled results are kept within a run only, and kernels must be compiled, not interpreted.
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+from megavila_kernels.interval_attention import triton_backward, triton_forward  # noqa: E402
+from megavila_kernels.interval_attention.triton_config import (  # noqa: E402
+    KernelConfig,
+    config_for,
+    dot_precision,
+    padded_head_dim,
+)
+from megavila_kernels.linear_logprob import triton_kernels  # noqa: E402
+from megavila_kernels.linear_logprob.interface import SPLIT, product_config  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "UTMA")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation: `types` and `constants` cover all arguments of the kernel between them."""
+
+    label: str
+    kernel: Any
+    capability: int  # 90 for sm_90
+    constants: dict[str, Any]
+    types: dict[str, str]
+    num_warps: int
+    num_stages: int
+    gated: bool = True  # a stack is a failure
+
+
+@dataclass(frozen=True)
+class Compiled:
+    registers: int
+    stack: int
+    shared_bytes: int
+    instructions: dict[str, int]
+
+
+def argument_types(kernel: Any, constants: dict[str, Any], pointers: dict[str, str]) -> dict[str, str]:
+    """Triton's signature: `pointers` where named, i32 for sizes and strides, fp32 for scales."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in pointers:
+            types[name] = "*" + pointers[name]
+        else:
+            types[name] = "fp32" if name.startswith("scale") else "i32"
+    return types
+
+
+def attention_variants(
+    capabilities: list[int], head_dims: list[int], dtypes: list[torch.dtype], carried: list[bool]
+) -> Iterator[Variant]:
+    """The three attention kernels, with two intervals a row as shared prefixes have, 28 query on 4 K/V heads.
+
+    carried: with fp32 state or gradients read and written, as within a ring.
+    """
+    kernels = {
+        "forward": triton_forward.forward_kernel,
+        "dq": triton_backward.dq_kernel,
+        "dkdv": triton_backward.dkdv_kernel,
+    }
+    for capability in capabilities:
+        for d in head_dims:
+            for dtype in dtypes:
+                for name, kernel in kernels.items():
+                    for carry in carried:
+                        config = config_for(name, divmod(capability, 10), d, dtype)
+                        yield _attention_variant(name, kernel, capability, d, dtype, carry, config)
+
+
+def _attention_variant(
+    name: str, kernel: Any, capability: int, d: int, dtype: torch.dtype, carry: bool, config: KernelConfig
+) -> Variant:
+    constants: dict[str, Any] = {
+        "HEADS": 28,
+        "REPEAT": 7,
+        "D": d,
+        "BLOCK_D": padded_head_dim(d),
+        "BLOCK_Q": config.block_q,
+        "BLOCK_K": config.block_k,
+        "INTERVALS": 2,
+        "PRECISION": dot_precision(dtype),
+    }
+    if name == "forward":
+        constants |= {"LOAD_STATE": carry, "FINISH": not carry}
+    else:
+        constants["ACCUMULATE"] = carry
+    pointers = dict.fromkeys(("q", "k", "v", "out", "dout"), TYPE_NAMES[dtype])
+    pointers |= dict.fromkeys(("dq", "dk", "dv"), "fp32" if carry else TYPE_NAMES[dtype])
+    pointers |= dict.fromkeys(("acc_state", "top_state", "total_state", "lse", "prepared"), "fp32")
+    pointers |= dict.fromkeys(("lo", "hi", "table", "runs"), "i32")
+    return Variant(
+        label=f"attention {name} d={d} {TYPE_NAMES[dtype]} {config.block_q}x{config.block_k} "
+        f"w{config.num_warps} s{config.num_stages}{' carried' if carry else ''}",
+        kernel=kernel,
+        capability=capability,
+        constants=constants,
+        types=argument_types(kernel, constants, pointers),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        # See FULL_PRECISION.
+        gated=dtype != torch.float32,
+    )
+
+
+def logprob_variants(capabilities: list[int], dtypes: list[torch.dtype]) -> Iterator[Variant]:
+    """The fused output layer for a hidden size of 3584."""
+    for capability in capabilities:
+        for dtype in dtypes:
+            config = product_config(dtype)
+            tile = {
+                "SIZE": 3584,
+                "BLOCK_ROWS": config.rows,
+                "BLOCK_VOCAB": config.vocabulary,
+                "BLOCK_SIZE": config.features,
+                "PRECISION": dot_precision(dtype),
+            }
+            pointers = dict.fromkeys(("hidden", "weight", "d_logits"), TYPE_NAMES[dtype])
+            rows = ("partials", "lse", "entropy", "d_logprob", "d_entropy")
+            pointers |= dict.fromkeys(rows, "fp32") | {"target": "i64"}
+            for kernel, further in (
+                (triton_kernels.partials_kernel, {"SPLIT": SPLIT}),
+                (triton_kernels.gradient_kernel, {"WITH_ENTROPY": True}),
+            ):
+                constants = tile | further
+                yield Variant(
+                    label=f"linear_logprob {kernel.__name__} {TYPE_NAMES[dtype]}",
+                    kernel=kernel,
+                    capability=capability,
+                    constants=constants,
+                    types=argument_types(kernel, constants, pointers),
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                )
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    """Pointers and strides are taken to be multiples of 16, as Triton finds them at launch for usual sizes."""
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(variant.kernel.arg_names)
+        if variant.types[name].startswith("*") or name.startswith("stride")
+    }
+    compiled = triton.compile(
+        ASTSource(variant.kernel, variant.types, variant.constants, attributes),
+        target=GPUTarget("cuda", variant.capability, 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        code = _cuobjdump("-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage printed no REG and STACK:\n{usage}")
+    return Compiled(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared_bytes=compiled.metadata.shared,
+        instructions={name: len(re.findall(rf"\b{name}", code)) for name in INSTRUCTIONS},
+    )
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([str(CUOBJDUMP), option, path], capture_output=True, text=True, check=True).stdout
+
+
+def report(variants: list[Variant]) -> int:
+    """Prints a line a variant; the number of gated ones with a stack."""
+    print(f"Triton {triton.__version__}")
+    print(f"{'sm':>2} {'reg':>4} {'stack':>5} {'shared':>7}  {'instructions':<28} kernel")
+    spilled = 0
+    for variant in variants:
+        began = time.monotonic()
+        result = compile_variant(variant)
+        used = " ".join(f"{name} {count}" for name, count in result.instructions.items() if count)
+        print(
+            f"{variant.capability:>2} {result.registers:>4} {result.stack:>5} {result.shared_bytes:>7}  "
+            f"{used or '-':<28} {variant.label} ({time.monotonic() - began:.0f} s)"
+            + ("" if not result.stack else "  SPILLS" if variant.gated else "  spills, not gated"),
+            flush=True,
+        )
+        spilled += variant.gated and result.stack > 0
+    return spilled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="head dimension 128 in bf16 on sm_80 and sm_90")
+    parser.add_argument(
+        "--only", default="", help="compile only variants whose sm and label match this regex"
+    )
+    arguments = parser.parse_args()
+    half, full = [torch.bfloat16], [torch.float32]
+    if arguments.quick:
+        variants = list(attention_variants([80, 90], [128], half, [False]))
+    else:
+        variants = [
+            *attention_variants([80, 90, 86], [64, 128, 256], half, [False, True]),
+            *attention_variants([80], [64, 128, 256], full, [True]),
+            *logprob_variants([80, 90], [*half, *full]),
+        ]
+    variants = [x for x in variants if re.search(arguments.only, f"sm{x.capability} {x.label}")]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        spilled = report(variants)
+    if spilled:
+        sys.exit(f"{spilled} of {sum(x.gated for x in variants)} gated configurations spill registers")
+    print(
+        f"none of {sum(x.gated for x in variants)} gated configurations (of {len(variants)}) spills registers"
+    )
+
+
+if __name__ == "__main__":
+    main()
