@@ -21,12 +21,31 @@ class RolloutConfig(Section):
     stop: tuple[str, ...] = knob((), "Strings that end a response besides the end-of-sequence token.")
     max_batch_tokens: int = knob(
         262_144,
-        "Most tokens whose keys and values are held at once; prompts beyond that wait for the next batch.",
+        "Most tokens whose keys and values our own decoder holds at once; prompts beyond that wait for the next batch.",
     )
+    kv_cache_gib: float = knob(4.0, "Memory for vLLM's keys and values on each rank, in GiB.")
+    max_logprob_diff: float | None = knob(
+        None,
+        "Stop the run where a sampled token's log-prob differs by more than this between engine and trainer, which "
+        "have the same weights; null: only report it.",
+    )
+    importance: Literal["none", "token_truncated", "token_masked", "sequence", "geometric_mean"] = knob(
+        "none",
+        "Weigh the loss by how much likelier the trainer finds what the engine sampled: token ratios cut at the cap, "
+        "tokens above the cap left out, or one ratio a response (product or geometric mean of its tokens') cut at the "
+        "cap.",
+    )
+    importance_cap: float = knob(2.0, "Largest weight of a token or response; see importance.")
 
     def validate(self) -> None:
-        self.require_at_least(1, "group_size", "max_response_tokens", "max_batch_tokens")
+        self.require_at_least(1, "group_size", "max_response_tokens", "max_batch_tokens", "importance_cap")
         self.require_at_least(0, "temperature", "top_k")
+        self.require_positive("kv_cache_gib", "max_logprob_diff")
+        require(
+            self.engine != "vllm" or (self.top_p == 1 and self.top_k == 0),
+            f"top_p is {self.top_p} and top_k is {self.top_k}: vLLM's log-probs are then those of the truncated "
+            "distribution, which the trainer cannot compare with its own; use top_p 1 and top_k 0, or engine megatron",
+        )
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}, must be greater than 0 and at most 1")
         require(all(self.stop), "stop contains an empty string, which would end every response at once")
 

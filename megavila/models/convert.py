@@ -107,7 +107,7 @@ def save_hf(
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             (partial / path).write_text(json.dumps(values, indent=2) + "\n")
         if tokenizer_dir is not None:
-            _copy_tokenizer(Path(tokenizer_dir), partial / "llm")
+            copy_tokenizer(Path(tokenizer_dir), partial / "llm")
     writers = {
         prefix: ShardWriter(partial / folder, MAX_FILE_BYTES) for folder, prefix in family.parts.items()
     }
@@ -125,7 +125,7 @@ def save_hf(
     barrier(topology.world_group)
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies a tokenizer's files, not the weights or the config.json that may lie beside them."""
     files = [
         path

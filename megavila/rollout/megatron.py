@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -19,27 +18,11 @@ from megavila.models.vlm import VisionLanguageModel
 from megavila.rollout.attention import PrefillAttention
 from megavila.rollout.decoding import Decoding
 from megavila.rollout.kv_cache import PromptCache
-from megavila.rollout.protocol import Response, SamplingParams, check_request
+from megavila.rollout.protocol import Response, RolloutCounts, SamplingParams, check_request
 from megavila.rollout.sampling import sample
+from megavila.rollout.sharing import gather_shares, own_share
 from megavila.rollout.stopping import StopChecker
-from megavila.runtime.collectives import gather_objects
 from megavila.runtime.topology import Topology
-
-
-@dataclass
-class RolloutCounts:
-    """Work done since the counts were last taken."""
-
-    prefill_tokens: int = 0
-    """Prompt tokens that went through the model, each prompt once."""
-    reused_prompt_tokens: int = 0
-    """Prompt tokens that one prefill per response would have computed and the shared one did not: (G − 1) ·
-    P.
-    """
-    decode_tokens: int = 0
-    """Rows of all decoding forward passes."""
-    decode_steps: int = 0
-    """Decoding forward passes."""
 
 
 class MegatronEngine:
@@ -84,11 +67,8 @@ class MegatronEngine:
         check_request(prompts, media_rows, seeds)
         stop = StopChecker(self.tokenizer, params.stop)
         done: dict[int, tuple[Response, ...]] = {}
-        # Dealt out by length, so that context ranks have about the same work.
-        by_length = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids))
-        own = by_length[self.topology.context_rank :: self.topology.context]
         with _evaluating(self.model):
-            for batch in self._batches(own, prompts, params):
+            for batch in self._batches(own_share(prompts, self.topology), prompts, params):
                 groups = self._generate_batch(
                     [prompts[i] for i in batch],
                     [media_rows[i] for i in batch],
@@ -97,9 +77,7 @@ class MegatronEngine:
                     stop,
                 )
                 done.update(zip(batch, groups, strict=True))
-        for share in gather_objects(done, self.topology.context_group):
-            done |= share
-        return [done[i] for i in range(len(prompts))]
+        return gather_shares(done, self.topology)
 
     def update_weights(self) -> None:
         """Nothing to do: the engine generates with the model that is trained."""
@@ -156,7 +134,6 @@ class MegatronEngine:
             context = AttentionContext(position_ids=decoding.positions, attend=decoding.attention)
             logits = language.logits(self.model(language.embed(token_ids), context))
             self._counts.decode_tokens += len(token_ids)
-            self._counts.decode_steps += 1
 
     def _prefill(
         self, prompts: list[Prompt], media_rows: list[Tensor | None], cache: PromptCache, device: torch.device

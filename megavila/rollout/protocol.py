@@ -88,8 +88,20 @@ class Response:
             raise RolloutError(f'finish_reason is {self.finish_reason!r}; use "stop" or "length"')
 
 
+@dataclass
+class RolloutCounts:
+    """Work of an engine since the counts were last taken."""
+
+    prefill_tokens: int = 0
+    """Prompt tokens that went through the model."""
+    reused_prompt_tokens: int = 0
+    """Prompt tokens that one prefill per response would have computed and sharing the prompt did not."""
+    decode_tokens: int = 0
+    """Response tokens that went through the model."""
+
+
 class RolloutEngine(Protocol):
-    """Generates responses; the Megatron engine here, vLLM behind the same two methods."""
+    """Generates responses; the Megatron engine here, vLLM behind the same methods."""
 
     def generate(
         self,
@@ -107,7 +119,15 @@ class RolloutEngine(Protocol):
         ...
 
     def update_weights(self) -> None:
-        """Make the engine generate with the trainer's current weights."""
+        """Make the engine generate with the trainer's current weights; before the first `generate`, too."""
+        ...
+
+    def take_counts(self) -> RolloutCounts:
+        """The work since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it generates no more."""
         ...
 
 
