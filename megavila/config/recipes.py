@@ -119,7 +119,8 @@ class EvalConfig(Section):
     engine: Literal["megatron", "vllm"] = knob("megatron", "Who generates.")
     temperature: float = knob(0.0, "Softmax temperature; 0: greedy.")
     max_response_tokens: int = knob(1024, "Longest response, in tokens.")
-    max_batch_tokens: int = knob(262_144, "Most tokens whose keys and values are held at once.")
+    max_batch_tokens: int = knob(262_144, "Most tokens whose keys and values our own decoder holds at once.")
+    kv_cache_gib: float = knob(4.0, "Memory for vLLM's keys and values on each rank, in GiB.")
     batch_size: int = knob(32, "Rows generated together.")
     store_gib: float = knob(1.0, "Memory for embeddings, in GiB.")
     limit: int | None = knob(None, "Evaluate the first so many rows only.")
@@ -132,6 +133,7 @@ class EvalConfig(Section):
         require(bool(self.data.eval), "data.eval is empty; name at least one file of rows")
         self.require_at_least(1, "max_response_tokens", "max_batch_tokens", "batch_size", "limit")
         self.require_at_least(0, "temperature", "seed", "store_gib")
+        self.require_positive("kv_cache_gib")
         require(
             all(1 <= n <= MAX_FRAMES for n in self.num_frames),
             f"num_frames is {list(self.num_frames)}, each must be from 1 to {MAX_FRAMES}",

@@ -1,7 +1,7 @@
 """A trained model that answers rows: everything that evaluation and offline generation need, built from one config."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,8 @@ from megavila.media import FrameCache, MediaError, get_decoder
 from megavila.models import VisionLanguageModel, tokens_per_frame
 from megavila.mrsp.encode import VideoEncoder
 from megavila.mrsp.shards import ShardedRows
-from megavila.rollout.megatron import MegatronEngine
+from megavila.rollout.engines import open_engine
 from megavila.rollout.protocol import Response, RolloutEngine, SamplingParams
-from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
 from megavila.runtime.seeds import derive_seed
 from megavila.runtime.topology import Topology
@@ -127,10 +126,21 @@ def open_answerer(config: EvalConfig, *, frames: FrameCache | None = None) -> It
 
     frames: decoded frames to go on from, where several models in one process look at the same videos.
     """
-    if config.engine != "megatron":
-        raise MegavilaError(f"engine {config.engine} cannot answer yet; use engine=megatron")
-    with open_model(config) as loaded:
+    with ExitStack() as stack:
+        loaded = stack.enter_context(open_model(config))
         model, tokenizer, topology = loaded.model, loaded.tokenizer, loaded.topology
+        engine = stack.enter_context(
+            open_engine(
+                config.engine,
+                model,
+                tokenizer,
+                topology,
+                max_tokens=model.language.config.max_position_embeddings,
+                max_batch_tokens=config.max_batch_tokens,
+                kv_cache_gib=config.kv_cache_gib,
+            )
+        )
+        engine.update_weights()
         frames = frames or FrameCache(
             int(config.data.cache_frames_gib * GIB), get_decoder(config.data.decoder)
         )
@@ -140,7 +150,7 @@ def open_answerer(config: EvalConfig, *, frames: FrameCache | None = None) -> It
             topology,
             tokenizer,
             model,
-            MegatronEngine(model, tokenizer, topology, max_batch_tokens=config.max_batch_tokens),
+            engine,
             VideoEncoder.from_config(options, model, frames.load, topology, config.data.decoder),
         )
 

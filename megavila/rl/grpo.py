@@ -27,7 +27,15 @@ from megavila.rl.dump import dump_rollouts
 from megavila.rl.groups import ScoredGroup, split_updates
 from megavila.rl.losses import PolicyLossOptions, StepSize, policy_loss, token_weights
 from megavila.rl.reference import ReferenceWeights
-from megavila.rl.report import compare_with_engine, describe_groups, describe_update, finish, prepare
+from megavila.rl.report import (
+    check_agreement,
+    compare_with_engine,
+    describe_engine,
+    describe_groups,
+    describe_update,
+    finish,
+    prepare,
+)
 from megavila.rollout.protocol import RolloutEngine, SamplingParams
 from megavila.runtime.collectives import gather_objects
 from megavila.runtime.seeds import derive_seed
@@ -61,6 +69,8 @@ class GrpoTrainer:
             kl_coef=config.grpo.kl_beta,
             kl_estimator=config.grpo.kl_estimator,
             aggregation=config.grpo.loss_aggregation,
+            importance=config.rollout.importance,
+            importance_cap=config.rollout.importance_cap,
         )
         self.sampling = SamplingParams(
             max_tokens=config.rollout.max_response_tokens,
@@ -90,15 +100,22 @@ class GrpoTrainer:
         for _ in range(config.epochs_per_batch):
             for part in parts:
                 self.update(part, old, reference, tally)
-        with self.session.timers("time/weight_transfer"):
-            self.engine.update_weights()
+        describe_engine(self.engine.take_counts(), self.session.topology, tally)
         self.session.encoder.report(self.session.prompts.builder.tokens_per_frame, tally)
         updates = config.updates_per_batch * config.epochs_per_batch
-        return finish(tally.reduce(self.session.topology), updates)
+        metrics = finish(tally.reduce(self.session.topology), updates)
+        rollout = self.config.rollout
+        check_agreement(
+            metrics["rollout/logprob_abs_diff_max"], rollout.max_logprob_diff, rollout.engine, step
+        )
+        return metrics
 
     def rollout(self, step: int, examples: Sequence[Example], tally: Tally) -> list[ScoredGroup]:
         """Sample G responses to each prompt, score them and compute their advantages."""
         seed = self.config.run.seed
+        # Here, not after the update that made them: a run that goes on from a checkpoint has new weights, too.
+        with self.session.timers("time/weight_transfer"):
+            self.engine.update_weights()
         with self.session.timers("time/rollout"):
             sampled = self.engine.generate(
                 [example.prompt for example in examples],
@@ -212,6 +229,7 @@ class GrpoTrainer:
         owners = [groups[piece.owner] for piece in batch]
         cuts = [slice(piece.first, piece.stop) for piece in batch]
         advantages = torch.cat([group.advantages[cut] for group, cut in zip(owners, cuts, strict=True)])
+        sampled = [r.logprobs for group, cut in zip(owners, cuts, strict=True) for r in group.responses[cut]]
         on_policy = responses[0] not in old  # so for the whole micro-batch
         loss, stats = policy_loss(
             logprobs,
@@ -221,14 +239,15 @@ class GrpoTrainer:
             self.options,
             ref_logprobs=None if reference is None else torch.cat([reference[r] for r in responses]),
             entropy=entropy,
+            engine_logprobs=torch.cat(sampled).to(logprobs.device),
+            response_of_target=layout.response_of_target,
         )
         loss.backward()
         describe_update(stats, tally)
         if on_policy:
             old |= zip(responses, logprobs.detach().split(lengths.tolist()), strict=True)
-            for group, cut in zip(owners, cuts, strict=True):
-                for number in range(len(group.responses))[cut]:
-                    compare_with_engine(group.responses[number].logprobs, old[group.index, number], tally)
+            for response, engine in zip(responses, sampled, strict=True):
+                compare_with_engine(engine, old[response], tally)
 
     def _micro_batches(self, groups: Sequence[ScoredGroup]) -> list[list[Piece]]:
         budget, kind = self.config.grpo.max_tokens_per_microbatch, self.config.mrsp.layout

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from megavila.rl.importance import importance_ratios, importance_weights
 from megavila.runtime.errors import MegavilaError
 
 
@@ -34,6 +35,9 @@ class PolicyLossOptions:
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     aggregation: str = "sequence_mean"
+    importance: str = "none"
+    """How the loss is corrected for the engine that sampled; see `importance_ratios`."""
+    importance_cap: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class PolicyStats:
     clipped_high: Tensor
     entropy: Tensor
     ratio: Tensor
+    importance: Tensor
+    importance_capped: Tensor
     ratio_max: Tensor
 
     def __add__(self, other: "PolicyStats") -> "PolicyStats":
@@ -110,6 +116,8 @@ def policy_loss(
     *,
     ref_logprobs: Tensor | None = None,
     entropy: Tensor | None = None,
+    engine_logprobs: Tensor | None = None,
+    response_of_target: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """Return this micro-batch's part of the loss to be minimised, and its statistics.
 
@@ -121,6 +129,8 @@ def policy_loss(
         weights: (n,) from `token_weights`.
         ref_logprobs: (n,) under the reference model, needed when ``options.kl_coef`` is not zero.
         entropy: (n,) of the policy's distributions, for the statistics only.
+        engine_logprobs: (n,) as the engine that sampled reported them, needed with ``options.importance``.
+        response_of_target: (n,) which response a token belongs to, needed with it as well.
 
     Returns:
         (loss (), statistics).
@@ -131,6 +141,14 @@ def policy_loss(
     ratio = torch.exp(logprobs - old)
     clipped_ratio = ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
     token_loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    importance, capped = torch.ones_like(old), torch.zeros_like(old)
+    if options.importance != "none":
+        if engine_logprobs is None or response_of_target is None:
+            raise LossError(f"importance is {options.importance} but the engine's log-probs were not given")
+        ratios = importance_ratios(old, engine_logprobs, response_of_target, options.importance)
+        importance = importance_weights(ratios, options.importance, options.importance_cap)
+        capped = (ratios > options.importance_cap).float()
+        token_loss = token_loss * importance
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
         kl = kl_to_reference(logprobs, ref_logprobs, options.kl_estimator)
@@ -151,6 +169,8 @@ def policy_loss(
             clipped_high=_total(high),
             entropy=_total(torch.zeros_like(logprobs) if entropy is None else entropy),
             ratio=_total(ratio),
+            importance=_total(importance),
+            importance_capped=_total(capped),
             ratio_max=ratio.max().double() if ratio.numel() else torch.zeros((), dtype=torch.float64),
         )
     return loss, stats

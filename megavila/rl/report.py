@@ -6,6 +6,9 @@ from torch import Tensor
 
 from megavila.rl.groups import ScoredGroup
 from megavila.rl.losses import PolicyStats
+from megavila.rollout.protocol import RolloutCounts, RolloutError
+from megavila.runtime.collectives import gather_objects
+from megavila.runtime.topology import Topology
 from megavila.training.tally import Tally
 
 _MEANS = (
@@ -15,6 +18,8 @@ _MEANS = (
     "grpo/clip_fraction_high",
     "grpo/entropy",
     "grpo/ratio_mean",
+    "grpo/importance_mean",
+    "grpo/importance_capped",
     "rollout/logprob_abs_diff_mean",
 )
 _MAXIMA = ("grpo/ratio_max", "rollout/logprob_abs_diff_max", "optimizer/lr", "optimizer/grad_norm")
@@ -59,6 +64,8 @@ def describe_update(stats: PolicyStats, tally: Tally) -> None:
     tally.mean("grpo/clip_fraction_high", float(stats.clipped_high), tokens)
     tally.mean("grpo/entropy", float(stats.entropy), tokens)
     tally.mean("grpo/ratio_mean", float(stats.ratio), tokens)
+    tally.mean("grpo/importance_mean", float(stats.importance), tokens)
+    tally.mean("grpo/importance_capped", float(stats.importance_capped), tokens)
     tally.maximum("grpo/ratio_max", float(stats.ratio_max))
 
 
@@ -68,6 +75,23 @@ def compare_with_engine(engine: Tensor, trainer: Tensor, tally: Tally) -> None:
     if difference.numel():
         tally.mean("rollout/logprob_abs_diff_mean", float(difference.sum()), difference.numel())
         tally.maximum("rollout/logprob_abs_diff_max", float(difference.max()))
+
+
+def describe_engine(counts: RolloutCounts, topology: Topology, tally: Tally) -> None:
+    """What the engine computed, and what it did not have to, over the ranks that shared the prompts out."""
+    for share in gather_objects(counts, topology.context_group):
+        tally.total("rollout/prefill_tokens", share.prefill_tokens)
+        tally.total("rollout/prefix_tokens_reused", share.reused_prompt_tokens)
+
+
+def check_agreement(difference: float, limit: float | None, engine: str, step: int) -> None:
+    """Raises RolloutError where the step's largest difference between engine and trainer is above the limit."""
+    if limit is not None and not difference <= limit:  # also where it is not a number
+        raise RolloutError(
+            f"step {step}: the log-prob of a sampled token differs by {difference:.3g} between engine {engine} and "
+            f"trainer, rollout.max_logprob_diff is {limit}; the step was not saved. The two no longer compute the "
+            "same: compare their types and positions, correct with rollout.importance, or raise the limit"
+        )
 
 
 def finish(metrics: dict[str, float], updates: int) -> dict[str, float]:

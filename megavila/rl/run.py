@@ -7,7 +7,7 @@ from megavila.evaluation.periodic import evaluate_session
 from megavila.media import FrameCache
 from megavila.rewards import Scorer
 from megavila.rl.grpo import GrpoTrainer
-from megavila.rollout.megatron import MegatronEngine
+from megavila.rollout.engines import open_engine
 from megavila.runtime.errors import MegavilaError
 from megavila.training.loop import Evaluate, run
 from megavila.training.session import open_session
@@ -32,17 +32,17 @@ def run_grpo(
             f"grpo.max_tokens_per_microbatch is {budget}, which leaves no room for a prompt beside a "
             f"response of rollout.max_response_tokens {response}; raise the first or lower the second"
         )
-    if config.rollout.engine != "megatron":
-        raise MegavilaError(
-            f"rollout.engine {config.rollout.engine} cannot train yet; use rollout.engine=megatron"
-        )
     with open_session(config, max_prompt_tokens=budget - response, frames=frames) as session:
-        engine = MegatronEngine(
+        scorer = Scorer(config.reward)
+        scorer.check(session.rows)
+        rollout = config.rollout
+        with open_engine(
+            rollout.engine,
             session.model,
             session.tokenizer,
             session.topology,
-            max_batch_tokens=config.rollout.max_batch_tokens,
-        )
-        scorer = Scorer(config.reward)
-        scorer.check(session.rows)
-        return run(session, GrpoTrainer(session, engine, scorer), evaluate or evaluate_session)
+            max_tokens=budget,
+            max_batch_tokens=rollout.max_batch_tokens,
+            kv_cache_gib=rollout.kv_cache_gib,
+        ) as engine:
+            return run(session, GrpoTrainer(session, engine, scorer), evaluate or evaluate_session)

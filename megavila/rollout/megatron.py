@@ -87,6 +87,9 @@ class MegatronEngine:
         counts, self._counts = self._counts, RolloutCounts()
         return counts
 
+    def close(self) -> None:
+        """Nothing to free: keys and values live as long as a call of `generate`."""
+
     def _batches(
         self, by_length: Sequence[int], prompts: Sequence[Prompt], params: SamplingParams
     ) -> Iterator[list[int]]:

