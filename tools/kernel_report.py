@@ -31,6 +31,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 from megavila_kernels.interval_attention import triton_backward, triton_forward  # noqa: E402
+from megavila_kernels.interval_attention.triton_backend import PREPARE_ROWS  # noqa: E402
 from megavila_kernels.interval_attention.triton_config import (  # noqa: E402
     KernelConfig,
     config_for,
@@ -136,6 +137,29 @@ def _attention_variant(
     )
 
 
+def prepare_variants(
+    capabilities: list[int], head_dims: list[int], dtypes: list[torch.dtype]
+) -> Iterator[Variant]:
+    """The kernel that runs once before the two of the backward pass; with the warps and stages of Triton's
+    defaults, as it is launched."""
+    for capability in capabilities:
+        for d in head_dims:
+            for dtype in dtypes:
+                kernel = triton_backward.prepare_kernel
+                constants = {
+                    "HEADS": 28,
+                    "D": d,
+                    "BLOCK_D": padded_head_dim(d),
+                    "BLOCK_Q": PREPARE_ROWS,
+                    "HAS_DLSE": True,
+                }
+                pointers = dict.fromkeys(("dout", "out"), TYPE_NAMES[dtype])
+                pointers |= dict.fromkeys(("lse", "dlse", "prepared"), "fp32")
+                types = argument_types(kernel, constants, pointers)
+                label = f"attention prepare d={d} {TYPE_NAMES[dtype]}"
+                yield Variant(label, kernel, capability, constants, types, num_warps=4, num_stages=3)
+
+
 def logprob_variants(capabilities: list[int], dtypes: list[torch.dtype]) -> Iterator[Variant]:
     """The fused output layer for a hidden size of 3584."""
     for capability in capabilities:
@@ -234,6 +258,7 @@ def main() -> None:
         variants = [
             *attention_variants([80, 90, 86], [64, 128, 256], half, [False, True]),
             *attention_variants([80], [64, 128, 256], full, [True]),
+            *prepare_variants([80, 90], [64, 128, 256], half),
             *logprob_variants([80, 90], [*half, *full]),
         ]
     variants = [x for x in variants if re.search(arguments.only, f"sm{x.capability} {x.label}")]
