@@ -90,8 +90,8 @@ class RingAttention:
     ) -> None:
         if backend not in BACKENDS:
             raise MegavilaError(
-                f"ring attention has no backend {backend!r}; use model.attention_backend in {list(BACKENDS)} "
-                "or parallel.cp_comm_type a2a (Ulysses)"
+                f"ring attention has no backend {backend!r}; use model.attention_backend auto, or "
+                "parallel.cp_comm_type a2a (Ulysses)"
             )
         self.neighbours = neighbours
         self.masks = masks

@@ -13,6 +13,7 @@ from torch import Tensor
 from megavila.mrsp.layout import LAYOUT_KINDS, Group, Layout, LayoutKind, build_layout
 from megavila.mrsp.ring import RingAttention
 from megavila.mrsp.sharding import shard_layout
+from megavila.runtime.errors import MegavilaError
 from tests.mrsp.threads import ThreadGroup, Wire, run_threads
 
 Make = Callable[..., Any]
@@ -141,3 +142,8 @@ def test_what_nobody_sees_is_not_computed(make_prompt: Make, make_responses: Mak
         for keys in sharding.tokens
     )
     assert sum(map(sum, seen)) < 64
+
+
+def test_the_reference_backend_is_refused() -> None:
+    with pytest.raises(MegavilaError, match="no backend 'reference'; use model.attention_backend auto"):
+        RingAttention(ThreadGroup(Wire(2), 0), [None, None], [0, 0], "reference")
