@@ -1,12 +1,14 @@
 """GRPO runs whose rollouts come from vLLM: one process, and two ranks as torchrun starts them."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 from megatron.core import parallel_state
 
 import megavila.training.session as session_module
-from megavila.config import ConfigError
+from megavila.config import ConfigError, EvalConfig, build
+from megavila.evaluation.answering import open_answerer
 from megavila.rl.run import run_grpo
 from megavila.rollout.protocol import RolloutError
 from megavila.runtime.metrics import read_metrics
@@ -69,6 +71,32 @@ def test_one_process_trains_and_goes_on_from_a_checkpoint(world):
     run_grpo(config(world, "alone", steps=1))
     run_grpo(config(world, "alone", steps=3))
     check(metrics(world, "alone"), 3)
+
+@needs_vllm
+def test_a_trained_model_answers_with_either_engine(world):
+    """Greedy answers of `open_answerer`, which `eval` and `generate` are made of."""
+    model = config(world, "answers")
+    run_grpo(replace(model, run=replace(model.run, steps=1)))
+    found = {}
+    for engine in ("megatron", "vllm"):
+        options = build(
+            EvalConfig,
+            {
+                "model": {"path": str(world / "runs" / "answers" / "hf")},
+                "data": {"eval": [str(world / "train.jsonl")], "num_frames": 8, "template": "compact"},
+                "max_response_tokens": 6,
+                "kv_cache_gib": 0.3,
+                "engine": engine,
+                "device": "cpu",
+            },
+        )
+        with open_answerer(options) as answerer:
+            (batch,) = answerer.answer(answerer.rows())
+        found[engine] = [answered.responses[0] for answered in batch if answered is not None]
+    assert len(found["vllm"]) == 5
+    for ours, theirs in zip(found["vllm"], found["megatron"], strict=True):
+        assert (ours.text, ours.token_ids.tolist()) == (theirs.text, theirs.token_ids.tolist())
+        assert float((ours.logprobs - theirs.logprobs).abs().max()) < 1e-4
 
 
 @needs_vllm
