@@ -72,6 +72,7 @@ def test_one_process_trains_and_goes_on_from_a_checkpoint(world):
     run_grpo(config(world, "alone", steps=3))
     check(metrics(world, "alone"), 3)
 
+
 @needs_vllm
 def test_a_trained_model_answers_with_either_engine(world):
     """Greedy answers of `open_answerer`, which `eval` and `generate` are made of."""
