@@ -192,7 +192,7 @@ def test_spatial_and_plot_pixels_show_the_start() -> None:
         assert ball == scene.events[0].args["ball"]
         scene = make_scene(PLOT, Difficulty(events=1, distractors=0), rng)
         picture = next(iter(render(scene, rng)))
-        assert int(np.argmax(_lit(picture, 1, 1))) == scene.events[0].args["owner"]
+        assert int(np.argmax(_lit(picture, 1, 2))) == scene.events[0].args["owner"]
 
 
 def test_files_decode_with_right_count_and_times(tmp_path: Path) -> None:
