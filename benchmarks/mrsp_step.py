@@ -8,7 +8,7 @@ Every variant does the same work: one prompt for each rank, G responses to it, o
     plain       each rank its own prompt, repeated for each response; a video is decoded and encoded again in each pass
     stage_1     the same, but a video is decoded and encoded once a step
     stages_1_2  as stage_1, and all ranks share each sequence: what the paper does
-    megavila    as stages_1_2, but a prompt stands once before its responses
+    megavila    as stages_1_2, but a prompt stands once before its responses, and groups are split only where that pays
     megavila_dp as megavila, but each rank has its own prompt
 
 The learning rate is too small to move a weight, so that all variants see the same weights and therefore the same responses. Variants take turns, round by
@@ -40,13 +40,13 @@ from megavila.rl.grpo import GrpoTrainer
 from megavila.rollout.megatron import MegatronEngine
 from megavila.runtime.collectives import broadcast_object
 from megavila.runtime.platform import get_platform
-from megavila.runtime.topology import initialize, shutdown
+from megavila.runtime.topology import opened
 from megavila.training.session import Session, open_session
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"shared": False, "mrsp": {"layout": "repeated", "reuse": "none"}},
     "stage_1": {"shared": False, "mrsp": {"layout": "repeated", "reuse": "step"}},
-    "stages_1_2": {"shared": True, "mrsp": {"layout": "repeated", "reuse": "step"}},
+    "stages_1_2": {"shared": True, "split": "always", "mrsp": {"layout": "repeated", "reuse": "step"}},
     "megavila": {"shared": True, "mrsp": {"layout": "shared_prefix", "reuse": "step"}},
     "megavila_dp": {"shared": False, "mrsp": {"layout": "shared_prefix", "reuse": "step"}},
 }
@@ -167,9 +167,8 @@ def _scratch(frames: list[int], rows: int) -> Iterator[Path]:
             for count in frames:
                 write_world(Path(own) / f"{count}", count, rows)
         platform = get_platform()
-        topology = initialize(ParallelConfig(), platform)
-        shared = broadcast_object(own, topology.world_group)
-        shutdown()
+        with opened(ParallelConfig(), platform) as topology:
+            shared = broadcast_object(own, topology.world_group)
         yield Path(shared)
 
 
@@ -202,6 +201,7 @@ def _opened(name: str, shape: Shape, scratch: Path) -> Iterator[Session]:
             "parallel": {
                 "context_parallel": ranks if variant["shared"] else 1,
                 "cp_comm_type": shape.cp_comm_type if variant["shared"] and ranks > 1 else "p2p",
+                "cp_split": variant.get("split", "auto"),
             },
             "optimizer": {"lr": 1e-30},  # too small to move any weight
             "checkpoint": {"every": 0, "save_final": False},

@@ -26,10 +26,16 @@ def record(run: Path, commit: str, note: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--commit", default="", help="the commit that ran, when it is not the one checked out")
-    parser.add_argument("--note", default="", help="what else a reader of the times must know, such as the cores used")
+    parser.add_argument(
+        "--commit", default="", help="the commit that ran, when it is not the one checked out"
+    )
+    parser.add_argument(
+        "--note", default="", help="what else a reader of the times must know, such as the cores used"
+    )
     options = parser.parse_args()
     for run in options.runs:
         print(record(run, options.commit, options.note))

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 TFLOP/s of the tensor cores, as the vendor's data sheets give them.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
+from megavila.runtime.platform import get_platform
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,6 @@ def device_name() -> str:
         return "cpu"
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def peak_tflops() -> float | None:
-    """None for a device whose limit is not in the table."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 
 def median_milliseconds(run: Callable[[], object], seconds: float) -> float:
@@ -88,7 +81,7 @@ def measure(
         note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return Measurement(case, tokens, provider, direction, None, None, None, note[:200])
     tflops = flops / milliseconds / 1e9
-    peak = peak_tflops()
+    peak = get_platform().peak_tflops()
     return Measurement(
         case, tokens, provider, direction, milliseconds, tflops, None if peak is None else tflops / peak
     )

@@ -12,6 +12,7 @@ from megavila.config.recipes import (
     SftRunConfig,
     TrainingRoot,
     check_split,
+    resolve_parallel,
 )
 from megavila.config.rollout import RewardConfig, RolloutConfig
 from megavila.config.run import RunSettings
@@ -42,6 +43,7 @@ __all__ = [
     "VisionConfig",
     "build",
     "check_split",
+    "resolve_parallel",
     "describe",
     "describe_text",
     "load_config",

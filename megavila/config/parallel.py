@@ -19,15 +19,28 @@ class ParallelConfig(Section):
     sequence_parallel: bool = knob(
         True, "With tensor parallel, split activations between the matrices by token."
     )
-    cp_comm_type: Literal["p2p", "a2a", "a2a+p2p"] = knob(
-        "p2p", "Context parallel attention: ring (p2p), Ulysses (a2a), or Ulysses inside a ring (a2a+p2p)."
+    cp_comm_type: Literal["auto", "p2p", "a2a", "a2a+p2p"] = knob(
+        "auto",
+        "Context parallel attention: ring (p2p), Ulysses (a2a), Ulysses inside a ring (a2a+p2p), or by length (auto): a "
+        "ring for sequences long enough to hide what it sends behind what it computes, else what sends least.",
     )
     cp_ulysses: int | None = knob(
-        None, "Ulysses degree of a2a+p2p; null: all of it for a2a, none of it for p2p."
+        None,
+        "Ulysses degree of a2a+p2p and of auto's shorter sequences; null: all of it for a2a, none of it for p2p, and for "
+        "auto the degree that sends least.",
+    )
+    cp_ring_tokens: int = knob(
+        2600, "auto: a sequence of at least this many tokens on each rank goes by a ring."
+    )
+    cp_split: Literal["auto", "always"] = knob(
+        "auto",
+        "always: the tokens of each group are split over the context parallel ranks. auto: a rank takes whole groups, and "
+        "nothing is sent, where that keeps all ranks busy or the sequence is short.",
     )
 
     def validate(self) -> None:
         self.require_at_least(1, "tensor_parallel", "context_parallel", "pipeline_parallel", "cp_ulysses")
+        self.require_at_least(0, "cp_ring_tokens")
         implied = {"p2p": 1, "a2a": self.context_parallel}.get(self.cp_comm_type)
         if implied is not None:
             require(
@@ -37,9 +50,12 @@ class ParallelConfig(Section):
             )
             return
         allowed = divisors(self.context_parallel)
-        require(self.cp_ulysses is not None, f"cp_comm_type a2a+p2p needs cp_ulysses; use one of {allowed}")
         require(
-            self.cp_ulysses in allowed,
+            self.cp_ulysses is not None or self.cp_comm_type == "auto",
+            f"cp_comm_type a2a+p2p needs cp_ulysses; use one of {allowed}",
+        )
+        require(
+            self.cp_ulysses in (None, *allowed),
             f"cp_ulysses {self.cp_ulysses} does not divide context_parallel {self.context_parallel}; "
             f"use one of {allowed}",
         )

@@ -1,6 +1,6 @@
 """The roots: all that one GRPO run, one SFT run or one evaluation is configured by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megavila.config.data import MAX_FRAMES, DataConfig
@@ -40,6 +40,28 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         f"{local} heads on each tensor-parallel rank cannot be split over Ulysses degree {parallel.ulysses}; "
         f"use parallel.cp_ulysses in {divisors(local)} or cp_comm_type p2p (ring)",
     )
+
+
+def resolve_parallel(model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
+    """``parallel`` with the Ulysses degree that cp_comm_type auto takes for this model, checked against its heads.
+
+    Of the degrees that divide the heads it is the one with which a rank sends least in a pass, and the lower one of equals:
+    a ring sends while it computes.
+    """
+    if parallel.cp_comm_type == "auto" and parallel.cp_ulysses is None and model.language is not None:
+        heads = model.language.num_heads // parallel.tensor_parallel
+        kv_heads = max(1, model.language.num_kv_heads // parallel.tensor_parallel)
+
+        def sent(ulysses: int) -> float:
+            """In heads times this rank's tokens, one of q, k, v and the output."""
+            held = max(kv_heads, ulysses)  # too few key and value heads are replicated
+            exchanged = (2 * heads + 2 * held) * (ulysses - 1) / ulysses
+            return exchanged + 2 * held * (parallel.context_parallel // ulysses - 1)
+
+        allowed = [degree for degree in divisors(parallel.context_parallel) if heads % degree == 0]
+        parallel = replace(parallel, cp_ulysses=min(allowed or [1], key=sent))
+    check_split(model, parallel)
+    return parallel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from megavila_kernels import IntervalMask
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -99,7 +101,13 @@ def take_shard(layout: Layout, topology: Topology, backend: str = "auto", *, kee
     """
     # One rank needs no padding: sequence parallelism brings its own.
     tensor = topology.tensor if topology.context > 1 else 1
-    sharding = shard_layout(layout, topology.context, topology.context_rank, tensor=tensor)
+    sharding = shard_layout(
+        layout,
+        topology.context,
+        topology.context_rank,
+        tensor=tensor,
+        split_always=topology.split_always,
+    )
     device = layout.token_ids.device
     tokens = sharding.padded_tokens().to(device)
     held = tokens.clamp(min=0)
@@ -126,26 +134,41 @@ def take_shard(layout: Layout, topology: Topology, backend: str = "auto", *, kee
 def attention_over(
     sharding: Sharding, topology: Topology, device: torch.device, backend: str, kept: Kept | None = None
 ) -> AttentionStrategy:
-    """The attention strategy for a shard: Ulysses groups of neighbouring ranks, a ring of such groups, or both.
+    """The attention strategy for a shard: Ulysses groups of neighbouring ranks, a ring of such groups, or both; or
+    none of them where no group is split.
 
     Neighbouring ranks hold neighbouring chunks of a prompt, from its front and from its end, so the tokens of a
     Ulysses group are again one rank's share of the zigzag over the ring.
     """
-    degree = topology.ulysses
+    if not sharding.split:
+        return LocalAttention(_own_mask(sharding), backend, kept)
+    degree, ring_group, ring_rank = topology.ulysses, topology.ring_group, topology.ring_rank
+    if topology.ring_tokens is not None and sharding.rows >= topology.ring_tokens:
+        degree, ring_group, ring_rank = 1, topology.context_group, topology.context_rank
     members = [range(first, first + degree) for first in range(0, sharding.ranks, degree)]
     blocks = [torch.cat([sharding.tokens[rank] for rank in group]).sort().values for group in members]
-    masks = [sharding.mask(blocks[topology.ring_rank], block) for block in blocks]
-    if topology.ring == 1:
+    masks = [sharding.mask(blocks[ring_rank], block) for block in blocks]
+    if len(members) == 1:
         assert masks[0] is not None  # every token sees itself
         inner: AttentionStrategy = LocalAttention(masks[0], backend, kept)
     else:
         inner = RingAttention(
-            GroupNeighbours(topology.ring_group), masks, [len(block) for block in blocks], backend, kept
+            GroupNeighbours(ring_group), masks, [len(block) for block in blocks], backend, kept
         )
     if degree == 1:
         return inner
-    padded = [sharding.padded_tokens(rank) for rank in members[topology.ring_rank]]
+    padded = [sharding.padded_tokens(rank) for rank in members[ring_rank]]
     return UlyssesAttention(GroupExchange(topology.ulysses_group), padded, inner, device)
+
+
+def _own_mask(sharding: Sharding) -> IntervalMask:
+    """What this rank's rows see of one another; padding sees nothing and nothing sees it."""
+    own = sharding.tokens[sharding.rank]
+    mask = sharding.mask(own, own)
+    nothing = torch.zeros(1, len(own), dtype=torch.int32)
+    lo, hi = (nothing, nothing) if mask is None else (mask.lo, mask.hi)
+    padding = (0, sharding.rows - len(own))
+    return IntervalMask(F.pad(lo, padding), F.pad(hi, padding), sharding.rows)
 
 
 class _Collect(torch.autograd.Function):

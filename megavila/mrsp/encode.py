@@ -258,6 +258,8 @@ class VideoEncoder:
         frames = torch.cat(list(loaded.values())).to(self.device)
         encode = self.model.frame_features if self.stage == "features" else self.model.encode_frames
         self.store.counters.frames_encoded += len(frames)
+        if torch.is_grad_enabled():
+            self.store.counters.frames_encoded_with_grad += len(frames)
         for piece, part in zip(loaded, encode(frames).split([len(f) for f in loaded.values()]), strict=True):
             yield piece, part if self.stage == "features" else pool_frames(part, self.pooling)
 

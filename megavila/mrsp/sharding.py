@@ -5,6 +5,9 @@ it, so a late chunk and an early one together are the same work on every rank. T
 after another, are cut into N even parts. Any number of tokens, groups and ranks will do; what does not divide
 makes a part one token longer.
 
+Groups that balance over the ranks as they are need not be split: each rank then takes whole groups and attention sends
+nothing. So it is for short layouts too, where sending costs more than what a rank that waits could have computed.
+
 A rank keeps its tokens in the layout's order, and padding behind them. Among tokens in that order each interval
 of the layout's mask is an interval again, so `mask` says in the attention kernel's own terms what any set of
 query tokens sees of any block of keys, whatever the layout.
@@ -24,6 +27,11 @@ from megavila.runtime.errors import MegavilaError
 
 PADDING = -1
 
+# Whole groups leave no rank with more than this share above the mean, in tokens and in attention.
+SLACK = 1.1
+# Below this many tokens a rank even NVLink does not hide the exchange behind the computation (28 query, 4 key/value heads).
+SHORT = 330
+
 
 @dataclass(frozen=True, eq=False)
 class Sharding:
@@ -34,6 +42,7 @@ class Sharding:
         ranks: context-parallel degree N.
         rank: this rank among them.
         rows: rows of every rank's shard, padding included.
+        split: whether tokens of one group lie on several ranks.
         tokens: for each rank the tokens of the layout that it holds, int64, increasing, on the host.
     """
 
@@ -41,6 +50,7 @@ class Sharding:
     ranks: int
     rank: int
     rows: int
+    split: bool
     tokens: tuple[Tensor, ...]
     _rank_of: Tensor = field(repr=False)  # (t,) the rank that holds each token
     _row_of: Tensor = field(repr=False)  # (t,) and its row there
@@ -105,10 +115,13 @@ class Sharding:
         return "\n".join(lines)
 
 
-def shard_layout(layout: Layout, ranks: int = 1, rank: int = 0, *, tensor: int = 1) -> Sharding:
+def shard_layout(
+    layout: Layout, ranks: int = 1, rank: int = 0, *, tensor: int = 1, split_always: bool = True
+) -> Sharding:
     """Split a layout over `ranks` context ranks.
 
     Args:
+        split_always: split every group, also where whole groups would keep all ranks busy or the layout is short.
         tensor: tensor-parallel degree; every shard has at least one row and a multiple of this many, so that
             sequence parallelism can split it.
 
@@ -116,18 +129,48 @@ def shard_layout(layout: Layout, ranks: int = 1, rank: int = 0, *, tensor: int =
     """
     if not 0 <= rank < ranks:
         raise MegavilaError(f"context rank {rank} is not among {ranks} ranks; use 0 to {ranks - 1}")
+    whole = None if split_always or ranks == 1 else _whole_groups(layout, ranks)
+    rank_of = _split_groups(layout, ranks) if whole is None else whole
+    tokens = tuple((rank_of == holder).nonzero().squeeze(1) for holder in range(ranks))
+    row_of = torch.empty_like(rank_of)
+    for held in tokens:
+        row_of[held] = torch.arange(len(held))
+    longest = max(1, *(len(held) for held in tokens))
+    rows = -(-longest // tensor) * tensor
+    return Sharding(layout, ranks, rank, rows, whole is None and ranks > 1, tokens, rank_of, row_of)
+
+
+def _split_groups(layout: Layout, ranks: int) -> Tensor:
+    """(t,) the rank that holds each token where every group is split."""
     rank_of = torch.empty(layout.num_tokens, dtype=torch.int64)
     for run in _causal_runs(layout):
         chunk = _even_parts(len(run), 2 * ranks)
         rank_of[run] = torch.minimum(chunk, 2 * ranks - 1 - chunk)
     for run in _response_runs(layout):
         rank_of[run] = _even_parts(len(run), ranks)
-    tokens = tuple((rank_of == holder).nonzero().squeeze(1) for holder in range(ranks))
-    row_of = torch.empty_like(rank_of)
-    for held in tokens:
-        row_of[held] = torch.arange(len(held))
-    longest = max(1, *(len(held) for held in tokens))
-    return Sharding(layout, ranks, rank, -(-longest // tensor) * tensor, tokens, rank_of, row_of)
+    return rank_of
+
+
+def _whole_groups(layout: Layout, ranks: int) -> Tensor | None:
+    """(t,) the rank that holds each token where none is split, or None where some rank would wait too long.
+
+    The longest group goes first, each to the rank with the fewest tokens so far.
+    """
+    group_of = torch.empty(layout.num_tokens, dtype=torch.int64)
+    for segment in layout.segments:
+        group_of[segment.start : segment.stop] = segment.group
+    lo, hi = layout.mask.bounds()
+    pairs = torch.from_numpy((hi - lo).sum(axis=0)).double()
+    # (groups, 2): tokens, and what attention computes for them
+    work = torch.zeros(layout.num_groups, 2, dtype=torch.float64)
+    work.index_add_(0, group_of, torch.stack((torch.ones_like(pairs), pairs), dim=1))
+    load = torch.zeros(ranks, 2, dtype=torch.float64)
+    holder = torch.empty(layout.num_groups, dtype=torch.int64)
+    for group in work[:, 0].argsort(descending=True, stable=True).tolist():
+        holder[group] = load[:, 0].argmin()
+        load[holder[group]] += work[group]
+    balanced = bool((load.amax(0) <= SLACK * load.mean(0)).all())
+    return holder[group_of] if balanced or layout.num_tokens < SHORT * ranks else None
 
 
 def _causal_runs(layout: Layout) -> Iterator[Tensor]:

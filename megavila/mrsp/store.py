@@ -45,6 +45,7 @@ class StoreCounters:
     stale: int = 0  # entries that were of no use because the weights had changed, in memory or on disk
     corrupt: int = 0  # files that could not be read or did not have their checksum
     frames_encoded: int = 0
+    frames_encoded_with_grad: int = 0
     frames_from_disk: int = 0
 
 

@@ -101,7 +101,7 @@ class GrpoTrainer:
             for part in parts:
                 self.update(part, old, reference, tally)
         describe_engine(self.engine.take_counts(), self.session.topology, tally)
-        self.session.encoder.report(self.session.prompts.builder.tokens_per_frame, tally)
+        self.session.encoder.report(self.session.prompts.builder.tokens_per_frame, self.session.work, tally)
         updates = config.updates_per_batch * config.epochs_per_batch
         metrics = finish(tally.reduce(self.session.topology), updates)
         rollout = self.config.rollout
@@ -130,8 +130,10 @@ class GrpoTrainer:
             texts = [response.text for group in sampled for response in group]
             scores = self._score(rows, texts)
         # With a shared prefill the engine reads each prompt once and then each sampled token.
-        tally.total("tokens/llm_forward", sum(len(example.prompt.token_ids) for example in examples))
-        tally.total("tokens/llm_forward", sum(len(r.token_ids) for group in sampled for r in group))
+        for example, group in zip(examples, sampled, strict=True):
+            prompt_tokens, lengths = len(example.prompt.token_ids), [len(r.token_ids) for r in group]
+            tally.total("tokens/llm_forward", prompt_tokens + sum(lengths))
+            self.session.work.count_rollout(prompt_tokens, lengths, tally)
         groups = []
         size = self.sampling.group_size
         for place, (example, responses) in enumerate(zip(examples, sampled, strict=True)):
@@ -258,6 +260,7 @@ class GrpoTrainer:
     ) -> tuple[Layout, list[ShardedRows | None]]:
         layout = build_layout([piece.group for piece in batch], self.config.mrsp.layout)
         tally.total("tokens/llm_forward", layout.num_tokens)
+        self.session.work.count_layout(layout, tally, grad=grad)
         owners = [groups[piece.owner] for piece in batch]
         media_rows = self.session.encoder.rows_for_training(
             [group.prompt for group in owners], [group.media_rows for group in owners], grad=grad

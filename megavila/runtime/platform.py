@@ -11,6 +11,9 @@ from megavila.runtime.errors import MegavilaError
 
 _GIB = 1024**3
 
+# Dense bf16 TFLOP/s of the tensor cores, as the vendor's data sheets give them.
+_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -40,6 +43,11 @@ class Platform:
         if self.name == "cuda":
             return torch.cuda.max_memory_allocated() / _GIB
         return cpu_peak_memory_gib()
+
+    def peak_tflops(self) -> float | None:
+        """Most dense bf16 TFLOP/s of this GPU; None for a CPU or a GPU that is not in the table."""
+        name = torch.cuda.get_device_name() if self.name == "cuda" else ""
+        return next((peak for key, peak in _PEAK_TFLOPS.items() if key in name), None)
 
     def default_dtype(self) -> torch.dtype:
         """What `model.dtype: auto` means: bfloat16 on CUDA, float32 on a CPU."""

@@ -2,7 +2,8 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,10 @@ class Topology:
     context: int
     ulysses: int
     ring: int
+    ring_tokens: (
+        int | None
+    )  # a sequence of at least so many tokens a rank goes by a ring of all ranks; None: as the degrees say
+    split_always: bool  # whether groups that could lie whole on the ranks are split all the same
     pipeline: int
     data: int
     world_size: int
@@ -113,6 +118,8 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Topology:
         context=parallel.context_parallel,
         ulysses=parallel.ulysses,
         ring=parallel.ring,
+        ring_tokens=parallel.cp_ring_tokens if parallel.cp_comm_type == "auto" else None,
+        split_always=parallel.cp_split == "always",
         pipeline=parallel.pipeline_parallel,
         data=data,
         world_size=dist.get_world_size(),
@@ -168,6 +175,16 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def opened(parallel: ParallelConfig, platform: Platform) -> Iterator[Topology]:
+    """`initialize`, and `shutdown` at the end."""
+    topology = initialize(parallel, platform)
+    try:
+        yield topology
+    finally:
+        shutdown()
 
 
 def _join(platform: Platform) -> None:

@@ -68,7 +68,7 @@ class SftTrainer:
                 apply_update(session, tally)
             else:
                 skip_update(session, tally)
-        session.encoder.report(session.prompts.builder.tokens_per_frame, tally)
+        session.encoder.report(session.prompts.builder.tokens_per_frame, session.work, tally)
         return tally.reduce(session.topology)
 
     def _targets(self, step: int, examples: Sequence[Example]) -> list[Tensor | None]:
@@ -93,6 +93,7 @@ class SftTrainer:
         session = self.session
         layout = build_layout([piece.group for piece in batch], self.config.mrsp.layout)
         tally.total("tokens/llm_forward", layout.num_tokens)
+        session.work.count_layout(layout, tally, grad=True)
         rows = session.encoder.rows_for_training(
             [piece.group.prompt for piece in batch], [media_rows[piece.owner] for piece in batch], grad=True
         )

@@ -16,6 +16,7 @@ from megavila.training.errors import Interrupted, ResumeError
 from megavila.training.session import Session
 from megavila.training.signals import StopRequest
 from megavila.training.state import TrainState
+from megavila.training.throughput import throughput
 
 logger = get_logger(__name__)
 
@@ -109,7 +110,8 @@ def _record(session: Session, state: TrainState, metrics: dict[str, float]) -> N
     metrics["train/updates"] = state.updates
     metrics["train/rows"] = state.rows
     metrics["data/skipped_rows"] = session.skipped_rows
-    metrics |= session.timers.pop()
+    seconds = session.timers.pop()
+    metrics = throughput(metrics, seconds["time/step"], session.topology, session.platform) | seconds
     metrics["memory/cpu_peak_gib"] = cpu_peak_memory_gib()
     if session.platform.name == "cuda":
         metrics["memory/gpu_peak_gib"] = session.platform.peak_memory_gib()

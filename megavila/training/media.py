@@ -15,6 +15,7 @@ from megavila.runtime.collectives import gather_objects
 from megavila.runtime.timers import Timers
 from megavila.runtime.topology import Topology
 from megavila.training.tally import Tally
+from megavila.training.throughput import ModelWork
 
 _GIB = 2**30
 
@@ -113,7 +114,7 @@ class MediaEncoder:
         with self.timers("time/decode"):
             return self.frames.load(video, size, start, stop)
 
-    def report(self, tokens_per_frame: int, tally: Tally) -> None:
+    def report(self, tokens_per_frame: int, work: ModelWork, tally: Tally) -> None:
         """Count what this replica's ranks did since the last report; a collective of its ranks."""
         self.timers.enter("time/decode", "time/encode")  # also in a step whose videos were all there
         before, now = self._reported, self.store.counters
@@ -128,10 +129,13 @@ class MediaEncoder:
             "store/corrupt": now.corrupt - before.corrupt,
             "store/bytes": self.store.used_bytes,
         }
-        ranks = gather_objects(own, self.topology.mrsp_group)
+        with_grad = now.frames_encoded_with_grad - before.frames_encoded_with_grad
+        ranks = gather_objects({**own, "with_grad": with_grad}, self.topology.mrsp_group)
         for name in own:
             tally.total(name, sum(rank[name] for rank in ranks))
-        tally.total("tokens/vision", sum(rank["frames/encoded"] for rank in ranks) * tokens_per_frame)
+        encoded = sum(rank["frames/encoded"] for rank in ranks)
+        tally.total("tokens/vision", encoded * tokens_per_frame)
+        work.count_frames(encoded, sum(rank["with_grad"] for rank in ranks), tally)
 
 
 def _videos(prompts: Sequence[Prompt]) -> list[SampledVideo]:

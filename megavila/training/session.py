@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megavila.checkpoint.manager import CheckpointManager
-from megavila.config import ModelConfig, TrainingRoot, check_split, save_config
+from megavila.config import ModelConfig, TrainingRoot, resolve_parallel, save_config
 from megavila.data.dataset import GroupSampler, PromptStream
 from megavila.data.prompt import PromptBuilder
 from megavila.data.row import Row
@@ -23,12 +23,13 @@ from megavila.runtime.platform import Platform, get_platform
 from megavila.runtime.plugins import load_function
 from megavila.runtime.seeds import derive_seed, seed_everything
 from megavila.runtime.timers import Timers
-from megavila.runtime.topology import Topology, initialize, shutdown
+from megavila.runtime.topology import Topology, opened
 from megavila.training.augment import TransformedSampler
 from megavila.training.gradients import GradientBuffer
 from megavila.training.media import MediaEncoder
 from megavila.training.optimizer import MasterAdamW
 from megavila.training.state import TrainState, load_model_state
+from megavila.training.throughput import ModelWork
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Session:
     optimizer: MasterAdamW
     prompts: PromptStream
     encoder: MediaEncoder
+    work: ModelWork
     metrics: MetricsWriter
     timers: Timers
     checkpoints: CheckpointManager
@@ -64,15 +66,14 @@ def open_session(
         frames: decoded frames to go on from, where several runs in one process read the same videos.
     """
     platform = get_platform(config.run.device)
-    topology = initialize(config.parallel, platform)
-    try:
-        yield _build(config, platform, topology, max_prompt_tokens, frames)
-    finally:
-        shutdown()
+    model_config = resolve_config(config.model)
+    with opened(resolve_parallel(model_config, config.parallel), platform) as topology:
+        yield _build(config, model_config, platform, topology, max_prompt_tokens, frames)
 
 
 def _build(
     config: TrainingRoot,
+    model_config: ModelConfig,
     platform: Platform,
     topology: Topology,
     max_prompt_tokens: int,
@@ -81,8 +82,7 @@ def _build(
     seed_everything(config.run.seed, topology)
     # What may be wrong with the user's files comes first: a large model takes minutes to build.
     tokenizer = load_tokenizer(tokenizer_path(config.model))
-    model_config = with_vocabulary(resolve_config(config.model), tokenizer)
-    check_split(model_config, config.parallel)
+    model_config = with_vocabulary(model_config, tokenizer)
     files = [read_rows(path, config.data) for path in config.data.train]
     rows = [row for file in files for row in file.rows]
     sampler = make_sampler(config, rows)
@@ -118,6 +118,7 @@ def _build(
         ),
         prompts=PromptStream(sampler, builder),
         encoder=MediaEncoder(config, model, topology, timers, frames),
+        work=ModelWork(model),
         metrics=MetricsWriter(directory, topology),
         timers=timers,
         checkpoints=CheckpointManager(

@@ -16,6 +16,7 @@ from megavila.config import (
     RunSettings,
     VisionConfig,
     check_split,
+    resolve_parallel,
 )
 
 LANGUAGE: dict[str, Any] = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "ffn_hidden_size": 96}
@@ -79,6 +80,8 @@ def test_ulysses_and_ring() -> None:
     assert (ParallelConfig(context_parallel=8).ulysses, ParallelConfig(context_parallel=8).ring) == (1, 8)
     a2a = ParallelConfig(context_parallel=8, cp_comm_type="a2a")
     assert (a2a.ulysses, a2a.ring) == (8, 1)
+    auto = ParallelConfig(context_parallel=8, cp_ulysses=4)
+    assert (auto.cp_comm_type, auto.ulysses, auto.ring) == ("auto", 4, 2)
     both = ParallelConfig(context_parallel=8, cp_comm_type="a2a+p2p", cp_ulysses=2)
     assert (both.ulysses, both.ring) == (2, 4)
 
@@ -92,7 +95,11 @@ def test_ulysses_and_ring() -> None:
             r"4 does not divide .* \[1, 2, 3, 6\]",
         ),
         ({"context_parallel": 4, "cp_comm_type": "a2a", "cp_ulysses": 2}, "contradicts cp_comm_type a2a"),
-        ({"context_parallel": 4, "cp_ulysses": 4}, "contradicts cp_comm_type p2p"),
+        (
+            {"context_parallel": 4, "cp_comm_type": "p2p", "cp_ulysses": 4},
+            "contradicts cp_comm_type p2p",
+        ),
+        ({"context_parallel": 6, "cp_ulysses": 4}, r"4 does not divide .* \[1, 2, 3, 6\]"),
         ({"tensor_parallel": 0}, "tensor_parallel is 0, must be at least 1"),
     ],
 )
@@ -108,6 +115,35 @@ def test_heads_must_split_over_ulysses() -> None:
         check_split(model, ParallelConfig(context_parallel=8, cp_comm_type="a2a"))
     with pytest.raises(ConfigError, match=r"7 heads on each"):
         check_split(model, ParallelConfig(tensor_parallel=4, context_parallel=2, cp_comm_type="a2a"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tensor", "context", "ulysses"),
+    [
+        (
+            28,
+            4,
+            1,
+            2,
+            1,
+        ),  # each rank sends 4 heads of k and v around the ring, and Ulysses would send 16 of everything
+        (28, 4, 1, 8, 1),  # 28 either way
+        (32, 8, 1, 8, 8),
+        (16, 16, 1, 4, 4),
+        (16, 16, 4, 8, 4),  # no more than the 4 heads that are left
+        (14, 2, 1, 3, 1),
+    ],
+)
+def test_auto_takes_the_ulysses_degree_that_sends_least(
+    heads: int, kv_heads: int, tensor: int, context: int, ulysses: int
+) -> None:
+    sizes = LANGUAGE | {"num_heads": heads, "num_kv_heads": kv_heads, "hidden_size": 4 * heads}
+    model = ModelConfig(language=LanguageConfig(**sizes))
+    found = resolve_parallel(model, ParallelConfig(tensor_parallel=tensor, context_parallel=context))
+    assert found.ulysses == ulysses
+    assert resolve_parallel(model, found) == found
+    asked = ParallelConfig(tensor_parallel=tensor, context_parallel=context, cp_comm_type="p2p")
+    assert resolve_parallel(model, asked) == asked
 
 
 def test_few_key_value_heads_may_be_replicated_over_tensor_parallel_ranks() -> None:

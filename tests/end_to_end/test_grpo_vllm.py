@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from megatron.core import parallel_state
 
-import megavila.training.session as session_module
+import megavila.runtime.topology as topology_module
 from megavila.config import ConfigError, EvalConfig, build
 from megavila.evaluation.answering import open_answerer
 from megavila.rl.run import run_grpo
@@ -23,7 +23,7 @@ needs_vllm = pytest.mark.skipif(
 DEGREES = {
     "dp2": {},
     "tp2": {"tensor_parallel": 2},
-    "cp2": {"context_parallel": 2},
+    "cp2": {"context_parallel": 2, "cp_split": "always"},
 }
 
 
@@ -110,7 +110,7 @@ def test_a_difference_above_the_limit_stops_the_run_unsaved(world):
 
 
 def on_ranks(rank, world):
-    session_module.shutdown = parallel_state.destroy_model_parallel  # keep the world for the next run
+    topology_module.shutdown = parallel_state.destroy_model_parallel  # keep the world for the next run
     for name, parallel in DEGREES.items():
         run_grpo(config(world, name, parallel=parallel))
 

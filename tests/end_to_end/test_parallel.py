@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file
 
-import megavila.training.session as session_module
+import megavila.runtime.topology as topology_module
 from megavila.rl.run import run_grpo
 from megavila.runtime.metrics import read_metrics
 from megavila.sft.run import run_sft
@@ -23,10 +23,11 @@ DEGREES = {
     2: {
         "dp2": {},
         "tp2": {"tensor_parallel": 2},
-        "cp2": {"context_parallel": 2},
-        "cp2-ulysses": {"context_parallel": 2, "cp_comm_type": "a2a"},
+        "cp2": {"context_parallel": 2, "cp_split": "always"},
+        "cp2-whole": {"context_parallel": 2},
+        "cp2-ulysses": {"context_parallel": 2, "cp_comm_type": "a2a", "cp_split": "always"},
     },
-    4: {"cp2-tp2": {"context_parallel": 2, "tensor_parallel": 2}},
+    4: {"cp2-tp2": {"context_parallel": 2, "tensor_parallel": 2, "cp_split": "always"}},
 }
 RUNS = [f"{kind}-{name}" for degrees in DEGREES.values() for name in degrees for kind in ("sft", "grpo")]
 
@@ -56,7 +57,7 @@ def on_ranks(rank, size, world):
 
     Returns for each run how many responses this rank has scored and how much reasoning it has written.
     """
-    session_module.shutdown = parallel_state.destroy_model_parallel  # keep the world for the next run
+    topology_module.shutdown = parallel_state.destroy_model_parallel  # keep the world for the next run
     counts = {}
     for name, parallel in DEGREES[size].items():
         scored.clear()
@@ -99,6 +100,7 @@ def metrics(world, run):
 # What a rank did for itself differs: its time and memory, how often its own store was asked.
 OWN = (
     "time/",
+    "tflops_per_gpu",
     "memory/",
     "store/",
     "frames/",

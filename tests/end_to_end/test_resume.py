@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 4
 
 # Clocks, memory, and caches that are cold after a restart.
-OUTWARD = ("time/", "memory/", "store/", "frames/", "tokens/vision")
+OUTWARD = ("time/", "tflops_per_gpu", "memory/", "store/", "frames/", "tokens/vision")
 
 
 def signal_in_third_step(row, text):

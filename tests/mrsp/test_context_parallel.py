@@ -21,13 +21,16 @@ from tests.mrsp.steps import GRID, TEMPERATURE, build, encode, gradients, make_s
 
 DEGREES: dict[int, dict[str, dict[str, Any]]] = {
     2: {
-        "ring 2": {"context_parallel": 2},
+        "ring 2": {"context_parallel": 2, "cp_comm_type": "p2p"},
+        "whole groups 2": {"context_parallel": 2, "cp_split": "auto"},
         "ulysses 2": {"context_parallel": 2, "cp_comm_type": "a2a"},
     },
     4: {
-        "ring 4": {"context_parallel": 4},
+        "ring 4": {"context_parallel": 4, "cp_comm_type": "p2p"},
         "ulysses 4": {"context_parallel": 4, "cp_comm_type": "a2a"},  # of 2 key/value heads
         "hybrid 2x2": {"context_parallel": 4, "cp_comm_type": "a2a+p2p", "cp_ulysses": 2},
+        # The long case has 99 tokens a rank and goes by a ring, the others by Ulysses within a ring.
+        "by length 4": {"context_parallel": 4, "cp_ulysses": 2, "cp_ring_tokens": 40},
         "ring 2 x tensor 2": {"context_parallel": 2, "tensor_parallel": 2},
         "ulysses 2 x tensor 2": {"context_parallel": 2, "tensor_parallel": 2, "cp_comm_type": "a2a"},
     },
@@ -51,7 +54,7 @@ def on_ranks(rank: int, world: int, weights: dict[str, Tensor]) -> dict[str, Any
     """All results of a world's degrees: log-probs and gradients by degree and variant, and special cases."""
     results: dict[str, Any] = {}
     for name, settings in DEGREES[world].items():
-        topology = initialize(ParallelConfig(**settings), get_platform("cpu"))
+        topology = initialize(ParallelConfig(**{"cp_split": "always", **settings}), get_platform("cpu"))
         seed_everything(0, topology)
         found = {}
         for case, kind, dtype in VARIANTS[world]:

@@ -113,3 +113,48 @@ def test_a_rank_beyond_the_degree_is_refused(make_prompt: Make, make_responses: 
     layout = build_layout([Group(make_prompt(1, [], 0, seed=1), make_responses([1], 1))])
     with pytest.raises(MegavilaError, match="context rank 2 is not among 2 ranks; use 0 to 1"):
         shard_layout(layout, 2, 2)
+
+
+def groups_of(tokens: list[int], make_prompt: Make, make_responses: Make) -> list[Group]:
+    """One group of each size, half of it prompt."""
+    return [
+        Group(make_prompt(size - size // 2, [], 0, seed=number), make_responses([size // 2], number))
+        for number, size in enumerate(tokens)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "whole"),
+    [
+        ([1000, 1000], 2, True),
+        ([1000, 990, 2000, 2010], 2, True),
+        ([2000, 1000, 1000], 2, False),  # even in tokens, but not in what attention computes
+        ([2000], 2, False),
+        ([1000, 1000, 1000], 2, False),
+        ([300, 200], 4, True),  # too short to be worth sending
+        ([1], 4, True),
+    ],
+)
+def test_groups_stay_whole_where_no_rank_waits_for_it(
+    tokens: list[int], ranks: int, whole: bool, make_prompt: Make, make_responses: Make
+) -> None:
+    layout = build_layout(groups_of(tokens, make_prompt, make_responses))
+    sharding = shard_layout(layout, ranks, split_always=False)
+    assert sharding.split is not whole
+    if not whole:
+        always = shard_layout(layout, ranks)
+        assert all(
+            torch.equal(ours, theirs) for ours, theirs in zip(sharding.tokens, always.tokens, strict=True)
+        )
+        return
+    assert torch.cat(sharding.tokens).sort().values.tolist() == list(range(layout.num_tokens))
+    for rank, queries in enumerate(sharding.tokens):
+        for other, keys in enumerate(sharding.tokens):
+            assert rank == other or sharding.mask(queries, keys) is None
+    if layout.num_tokens > 330 * ranks:
+        assert max(map(len, sharding.tokens)) <= 1.1 * layout.num_tokens / ranks
+
+
+def test_one_rank_splits_nothing(make_prompt: Make, make_responses: Make) -> None:
+    layout = build_layout(groups_of([5, 7], make_prompt, make_responses))
+    assert not shard_layout(layout).split

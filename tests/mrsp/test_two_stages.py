@@ -24,11 +24,11 @@ from tests.mrsp.steps import TEMPERATURE, Step, build, encode, make_step
 
 WORLD = 4
 DEGREES: dict[str, dict[str, Any]] = {
-    "context 2": {"context_parallel": 2},
-    "context 4": {"context_parallel": 4, "cp_comm_type": "a2a+p2p", "cp_ulysses": 2},
+    "context 2": {"context_parallel": 2, "cp_split": "always"},
+    "context 4": {"context_parallel": 4, "cp_split": "always", "cp_comm_type": "a2a+p2p", "cp_ulysses": 2},
     "tensor 2": {"tensor_parallel": 2, "sequence_parallel": True},
     "tensor 2, whole sequences": {"tensor_parallel": 2, "sequence_parallel": False},
-    "context 2 x tensor 2": {"context_parallel": 2, "tensor_parallel": 2},
+    "context 2 x tensor 2": {"context_parallel": 2, "cp_split": "always", "tensor_parallel": 2},
 }
 CASES: list[tuple[str, LayoutKind]] = [
     ("mixed", "shared_prefix"),

@@ -31,7 +31,7 @@ def config(world: Path, name: str, trains: str, **mrsp: Any) -> Any:
 
 def counts(session: Session) -> dict[str, float]:
     tally = Tally()
-    session.encoder.report(4, tally)
+    session.encoder.report(4, session.work, tally)
     return tally.reduce(session.topology)
 
 

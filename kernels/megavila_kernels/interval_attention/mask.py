@@ -104,6 +104,11 @@ class IntervalMask:
     def tokens_q(self) -> int:
         return self.lo.shape[1]
 
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs that are seen: the work of attention."""
+        return int((self.hi - self.lo).clamp_min(0).sum(dtype=torch.int64))
+
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """lo and hi as int64 numpy arrays (n, tokens_q), empty intervals as hi == lo."""
         lo = self.lo.cpu().numpy().astype(np.int64)
