@@ -30,7 +30,7 @@ from megavila.rollout.engines import open_engine
 from megavila.rollout.protocol import RolloutEngine, SamplingParams
 from megavila.runtime.platform import get_platform
 from megavila.runtime.seeds import seed_everything
-from megavila.runtime.topology import initialize, shutdown
+from megavila.runtime.topology import opened
 
 WORDS = 8000
 
@@ -46,8 +46,7 @@ def main(
 ) -> None:
     """Seconds, tokens per second and shared prompt tokens of each engine."""
     platform = get_platform()
-    topology = initialize(ParallelConfig(), platform)
-    try:
+    with opened(ParallelConfig(), platform) as topology:
         seed_everything(0, topology)
         with tempfile.TemporaryDirectory() as directory:
             tokenizer = load_tokenizer(build_word_tokenizer([" ".join(map(str, range(WORDS)))], directory))
@@ -74,8 +73,6 @@ def main(
                     record |= {"engine": name, "round": number, "weight_transfer_seconds": transfer}
                     if number:
                         records.append(record)
-    finally:
-        shutdown()
     summary = summarise(records)
     _print(summary)
     sizes = {"prompt_tokens": prompt_tokens, "group_size": group_size, "response_tokens": response_tokens}

@@ -10,7 +10,7 @@ from megavila.config.load import build, read_yaml
 from megavila.data import load_tokenizer
 from megavila.models import build_model, resolve_config, save_hf
 from megavila.runtime.platform import get_platform
-from megavila.runtime.topology import initialize, shutdown
+from megavila.runtime.topology import opened
 from megavila.training.session import load_initial_weights, tokenizer_path, with_vocabulary
 
 
@@ -34,13 +34,10 @@ def convert(
     model_config = build(ModelConfig, settings["model"], str(source))
     parallel = build(ParallelConfig, settings["parallel"], str(source))
     platform = get_platform("cpu")
-    topology = initialize(parallel, platform)
-    try:
+    with opened(parallel, platform) as topology:
         tokenizer = load_tokenizer(tokenizer_path(model_config))
         model = build_model(with_vocabulary(resolve_config(model_config), tokenizer), topology, platform)
         load_initial_weights(model, checkpoint, topology)
         save_hf(model, out, tokenizer.directory)
-    finally:
-        shutdown()
-    if topology.is_main:
-        print(out)
+        if topology.is_main:
+            print(out)
