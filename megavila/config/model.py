@@ -149,7 +149,12 @@ class ModelConfig(Section):
         "full: recompute each decoder layer in the backward pass; keep_attention: all of it but attention, whose output "
         "is kept (tokens x hidden size more a layer, and no attention done twice).",
     )
-    attention_backend: Literal["auto", "torch", "reference"] = knob(
+    offload_activations: bool = knob(
+        False,
+        "With recompute full: keep each layer's input in host memory until the backward pass, for prompts so long that "
+        "tokens x hidden size x layers do not fit on the GPU.",
+    )
+    attention_backend: Literal["auto", "torch", "triton", "reference"] = knob(
         "auto", "Implementation of interval attention; auto: the best one for the device."
     )
 
@@ -159,6 +164,11 @@ class ModelConfig(Section):
             self.recompute != "keep_attention" or self.attention_backend != "reference",
             "recompute keep_attention needs an attention_backend that can go on from kept results; use auto, or "
             "recompute full",
+        )
+        require(
+            not self.offload_activations or self.recompute == "full",
+            f"offload_activations needs recompute full, not {self.recompute}: it moves the inputs of the layers that are "
+            "recomputed",
         )
         require(
             self.path is not None or self.language is not None,

@@ -1,5 +1,7 @@
 """The decoder: Megatron-core's GPTModel on one packed run of tokens."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -16,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 
 from megavila.config import LanguageConfig
 from megavila.models.attention import AttentionContext, PackedAttention, RotatedContext
@@ -40,15 +43,23 @@ class LanguageModel(nn.Module):
         config: sizes.
         topology: supplies the tensor-parallel group.
         dtype: of the parameters.
+        offload: the layers' inputs that recomputation starts from wait in host memory.
         recompute: "none", or "full": keep only each layer's input and run the layer again in the backward
             pass; "keep_attention": the same here, and the attention strategy keeps its results.
     """
 
     def __init__(
-        self, config: LanguageConfig, topology: Topology, *, dtype: torch.dtype, recompute: str = "none"
+        self,
+        config: LanguageConfig,
+        topology: Topology,
+        *,
+        dtype: torch.dtype,
+        recompute: str = "none",
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
+        self.offload = offload
         self.topology = topology
         self.vocab_size = _vocab_size(config, topology.tensor)
         _check_divisible(config, topology.tensor)
@@ -79,9 +90,10 @@ class LanguageModel(nn.Module):
         if self.topology.sequence_parallel:
             embeddings = F.pad(embeddings, (0, 0, 0, -tokens % self.topology.tensor))
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=group)
-        hidden = self.gpt.decoder(
-            hidden_states=embeddings.unsqueeze(1), attention_mask=None, packed_seq_params=rotated
-        ).squeeze(1)
+        with save_on_cpu(pin_memory=embeddings.is_cuda) if self.offload else nullcontext():
+            hidden = self.gpt.decoder(
+                hidden_states=embeddings.unsqueeze(1), attention_mask=None, packed_seq_params=rotated
+            ).squeeze(1)
         # Both sum the ranks' gradients on the way back.
         if self.topology.sequence_parallel:
             return gather_from_sequence_parallel_region(

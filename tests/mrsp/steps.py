@@ -29,7 +29,9 @@ GRID: dict[str, list[tuple[int, list[int], int, list[int]]]] = {
 }
 
 
-def build(topology: Topology, dtype: str, recompute: str = "none") -> VisionLanguageModel:
+def build(
+    topology: Topology, dtype: str, recompute: str = "none", *, offload: bool = False
+) -> VisionLanguageModel:
     config = ModelConfig(
         language=LanguageConfig(
             hidden_size=32,
@@ -46,6 +48,7 @@ def build(topology: Topology, dtype: str, recompute: str = "none") -> VisionLang
         projector=ProjectorConfig(kind="mlp_downsample_2x2_fix"),
         train_vision=True,
         recompute=recompute,  # type: ignore[arg-type]
+        offload_activations=offload,
         dtype=dtype,  # type: ignore[arg-type]
     )
     model = build_model(config, topology, get_platform("cpu"))

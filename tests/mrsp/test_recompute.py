@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from megavila_kernels.interval_attention.torch_backend import TorchBackend
+from torch.autograd.graph import save_on_cpu
 
 from megavila.config import LanguageConfig, ModelConfig
 from megavila.config.section import ConfigError
+from megavila.models import language as language_module
 from megavila.mrsp import context_parallel
 from megavila.mrsp.attention import LocalAttention
 from megavila.mrsp.layout import build_layout
@@ -65,7 +67,37 @@ def test_nothing_stays_behind(topology: Topology, monkeypatch: pytest.MonkeyPatc
     assert with_gradient.kept == {}
 
 
-def test_the_reference_backend_is_refused() -> None:
+def test_offloaded_are_the_layers_inputs_and_nothing_else_of_them(
+    topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[tuple[int, ...]] = []
+
+    class Counted(save_on_cpu):
+        def __init__(self, pin_memory: bool) -> None:
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+
+            def counted(tensor: torch.Tensor) -> Any:
+                moved.append(tuple(tensor.shape))
+                return pack(tensor)
+
+            self.pack_hook = counted
+
+    monkeypatch.setattr(language_module, "save_on_cpu", Counted)
+    step = make_step("mixed")
+    expected = run(build(topology, "float64"), step, "shared_prefix")
+    logprobs, grads = run(build(topology, "float64", "full", offload=True), step, "shared_prefix")
+    assert torch.equal(logprobs, expected[0])
+    for name, grad in expected[1].items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-12, atol=1e-14)
+    inputs = (build_layout(step.groups).num_tokens, 1, 32)
+    # Of the final norm its input, the rows' scales and the weight.
+    assert moved[:LAYERS] == [inputs] * LAYERS and len(moved) <= LAYERS + 3
+
+
+def test_what_cannot_be_recomputed_is_refused() -> None:
     language = LanguageConfig(hidden_size=8, num_layers=1, num_heads=1, ffn_hidden_size=8)
+    with pytest.raises(ConfigError, match="offload_activations needs recompute full, not none"):
+        ModelConfig(language=language, offload_activations=True)
     with pytest.raises(ConfigError, match="keep_attention needs an attention_backend"):
         ModelConfig(language=language, recompute="keep_attention", attention_backend="reference")
