@@ -1,7 +1,4 @@
-"""The demo's stages: videos, alignment, two stages of SFT, GRPO, exams, report. A demo that was stopped goes on where it was.
-
-All of it runs on every rank that was started; the first makes the videos and writes, the others wait for it.
-"""
+"""The demo's stages: videos, alignment, two stages of SFT, GRPO, exams, report. A demo that was stopped goes on where it was."""
 
 import json
 import os
@@ -15,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megavila.config import EvalConfig, GrpoRunConfig, ParallelConfig, SftRunConfig, load_config
+from megavila.config import EvalConfig, GrpoRunConfig, SftRunConfig, load_config
 from megavila.data import build_word_tokenizer, read_rows
 from megavila.data.synth import synthesize
 from megavila.data.synth.captions import write_captions
@@ -27,10 +24,7 @@ from megavila.evaluation.evaluate import score_rows
 from megavila.evaluation.result import EvalResult, load_result
 from megavila.media import FrameCache, sample_video
 from megavila.rl.run import run_grpo
-from megavila.runtime.collectives import barrier
-from megavila.runtime.platform import get_platform
 from megavila.runtime.progress import track
-from megavila.runtime.topology import Topology, opened
 from megavila.sft.run import run_sft
 
 _CONFIGS = Path(__file__).parent
@@ -59,29 +53,23 @@ class Demo:
     settings: tuple[str, ...] = ()
     quick: bool = False
 
-    def check(self) -> None:
-        """Raises ConfigError for a mistaken setting, before minutes are spent."""
-        self._grpo(self.directory)
-
     def run(self) -> Path:
         """Do what is not done yet and return the report's path."""
+        self._grpo(self.directory)  # a mistaken setting is answered at once
+        say = Console(stderr=True).print
+        self.directory.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
+        say(
+            f"[bold]Megavila demo[/], seed {self.seed}: about 15 minutes on two cores. Everything is in {self.directory}/"
+        )
+        with self._timed("data"):
+            say("[bold]1/7[/] H.264 videos with questions, answers and reasoning")
+            synthesize(world.demo_world(self._data, self.seed, self.quick))
+            self._write_rows()
         frames = FrameCache(2 * GIB)
-        with opened(ParallelConfig(), get_platform("cpu")) as topology:
-            is_main = topology.is_main
-            say = Console(stderr=True, quiet=not is_main).print
-            clock = Stopwatch(self.directory / "seconds.json", writes=is_main)
-            say(
-                f"[bold]Megavila demo[/], seed {self.seed}: about 15 minutes on two cores. Everything is in {self.directory}/"
-            )
-            with clock("data"):
-                if is_main:
-                    say("[bold]1/7[/] H.264 videos with questions, answers and reasoning")
-                    synthesize(world.demo_world(self._data, self.seed, self.quick))
-                    self._write_rows()
-                barrier(topology.world_group)
-                self._decode(frames, topology)
-        with clock("sft"):
+        with self._timed("data"):
+            self._decode(frames)
+        with self._timed("sft"):
             say("[bold]2/7[/] alignment: vision tower and decoder learn to name what a frame shows")
             align = self._trained(
                 "align", lambda: run_sft(self._sft("align", None, "captions"), frames=frames)
@@ -93,20 +81,17 @@ class Demo:
             direct = self._trained(
                 "direct", lambda: run_sft(self._sft("direct", reasoning, *taught), frames=frames)
             )
-        with clock("grpo"):
+        with self._timed("grpo"):
             say("[bold]5/7[/] GRPO on short and longer videos")
             grpo = self._trained("grpo", lambda: run_grpo(self._grpo(direct), frames=frames))
-        with clock("eval"):
+        with self._timed("eval"):
             say("[bold]6/7[/] exams on held-out videos")
             curve = [f"frames_{count}" for count in FRAME_COUNTS]
             taught_to_reason = self._examine("sft", reasoning, ["exam"], frames)
             before = self._examine("direct", direct, ["exam", *curve], frames)
             after = self._examine("grpo", grpo, ["exam", "blank", *curve], frames)
-        report = self.directory / "report.html"
-        if not is_main:
-            return report
         say("[bold]7/7[/] report")
-        self._report(taught_to_reason, before, after, clock)
+        report = self._report(taught_to_reason, before, after)
         summary = json.loads((self.directory / "summary.json").read_text())
         scores = summary["accuracy"]
         say(
@@ -138,23 +123,20 @@ class Demo:
         texts += [row["problem"] + " " + row["answer"] for row in _read_json_lines(captions)]
         build_word_tokenizer(texts, self._data / "tokenizer")
 
-    def _decode(self, frames: FrameCache, topology: Topology) -> None:
-        """Decode every video once, on one of the ranks, at the rate and size that all stages share."""
+    def _decode(self, frames: FrameCache) -> None:
+        """Decode every video once, in threads, at the rate and size that all stages share."""
         config = self._sft("align", None, "captions")
         assert config.model.vision is not None
         side, data = config.model.vision.image_size, config.data
         files = [read_rows(self._data / f"{name}.jsonl", data) for name in SPLITS]
         paths = [row.videos[0] for file in files for row in file.rows]
-        own = paths[topology.rank :: topology.world_size]
-        workers = max(1, len(os.sched_getaffinity(0)) // topology.world_size)
+        workers = len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(workers) as pool:
             videos = list(
-                pool.map(lambda path: sample_video(path, fps=data.fps, max_frames=data.max_frames), own)
+                pool.map(lambda path: sample_video(path, fps=data.fps, max_frames=data.max_frames), paths)
             )
-        decoded = frames.warm(videos, (side, side), workers)
-        for _ in track(decoded, "decoding", total=len(videos), enabled=topology.is_main):
+        for _ in track(frames.warm(videos, (side, side), workers), "decoding", total=len(videos)):
             pass
-        frames.share(topology.world_group)
 
     def _sft(self, stage: str, start: Path | None, *splits: str) -> SftRunConfig:
         return load_config(SftRunConfig, _CONFIGS / f"{stage}.yaml", self._common(start, *splits))
@@ -205,12 +187,9 @@ class Demo:
                 )
             for name in names:
                 stem = f"{stage}_{name}"
-                if (folder / f"{stem}.json").exists():
-                    results[name] = load_result(folder, stem)
-                    continue
-                results[name] = papers[name]()
-                if answerer.topology.is_main:
-                    results[name].save(folder, stem)
+                if not (folder / f"{stem}.json").exists():
+                    papers[name]().save(folder, stem)
+                results[name] = load_result(folder, stem)
         return results
 
     def _report(
@@ -218,8 +197,7 @@ class Demo:
         reasoning: dict[str, EvalResult],
         before: dict[str, EvalResult],
         after: dict[str, EvalResult],
-        clock: "Stopwatch",
-    ) -> None:
+    ) -> Path:
         config = load_config(GrpoRunConfig, self.directory / "grpo" / "config.yaml")
         exam = read_rows(self._data / "exam.jsonl", config.data).rows
         findings = Findings(
@@ -231,34 +209,24 @@ class Demo:
             longer=frozenset(row.problem_id for row in exam if world.is_longer(row)),
             sft_frames={n: before[f"frames_{n}"] for n in FRAME_COUNTS},
             grpo_frames={n: after[f"frames_{n}"] for n in FRAME_COUNTS},
-            seconds=clock.seconds(),
+            seconds={stage: self._seconds()[stage] for stage in ("data", "sft", "grpo", "eval")},
         )
-        write_report(self.directory, findings, config, exam)
+        return write_report(self.directory, findings, config, exam)
 
-
-@dataclass(frozen=True)
-class Stopwatch:
-    """Wall time by stage in a file, whether a stage ends or is stopped: a demo that goes on counts all its time."""
-
-    path: Path
-    writes: bool
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by stage, so far."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
+    def _seconds(self) -> dict[str, float]:
+        path = self.directory / "seconds.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Adds the time inside to a stage's."""
+    def _timed(self, stage: str) -> Iterator[None]:
+        """Add the stage's wall time to `seconds.json`, whether it ends or is stopped: a resumed demo counts all its time."""
         started = time.monotonic()
         try:
             yield
         finally:
-            if self.writes:
-                seconds = self.seconds()
-                seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(json.dumps(seconds) + "\n")
+            seconds = self._seconds()
+            seconds[stage] = seconds.get(stage, 0.0) + time.monotonic() - started
+            (self.directory / "seconds.json").write_text(json.dumps(seconds) + "\n")
 
 
 def _at_most(answerer: Answerer, frames: int) -> Answerer:

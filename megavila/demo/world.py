@@ -10,7 +10,7 @@ SHORT = DifficultyRange(events=(1, TAUGHT_EVENTS), decoys=(0, 1), slack_seconds=
 LONGER = DifficultyRange(events=(TAUGHT_EVENTS + 1, 5), decoys=(0, 1))
 ASKED = DifficultyRange(events=(1, 5), decoys=(0, 1))
 
-COUNTS = {"sft": 1900, "sft_longer": 100, "rl": 1500, "exam": 1008}
+COUNTS = {"sft": 1700, "sft_longer": 100, "rl": 1250, "exam": 1008}
 
 DARK_SHARE = 0.03
 

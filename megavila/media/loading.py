@@ -9,13 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megavila.media.decoder import VideoDecoder, get_decoder
 from megavila.media.errors import MediaError
 from megavila.media.index import probe
 from megavila.media.sampling import SampledVideo
-from megavila.runtime.collectives import gather_objects
 
 
 def load_frames(
@@ -96,12 +94,6 @@ class FrameCache:
                 keys = [(video.fingerprint, video.stream, size, frame) for frame in video.frame_ids]
                 self._keep(dict(zip(keys, frames, strict=True)))
                 yield video
-
-    def share(self, group: dist.ProcessGroup) -> None:
-        """Every rank of the group gets the frames that the others have, beside its own."""
-        own = {key: frame.numpy() for key, frame in self._frames.items()}  # pickled much faster than tensors
-        for share in gather_objects(own, group):
-            self._keep({key: torch.from_numpy(f) for key, f in share.items() if key not in self._frames})
 
     def _keep(self, frames: Mapping[tuple[Any, ...], torch.Tensor]) -> None:
         """Remember `frames` as the most recently used."""
