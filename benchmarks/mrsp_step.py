@@ -3,7 +3,8 @@
     python -m benchmarks.mrsp_step
     torchrun --nproc-per-node 2 -m benchmarks.mrsp_step --frames 512
 
-Every variant does the same work: one prompt for each rank, G responses to it, one update. They differ in settings alone:
+Every variant does the same work: some prompts (one for each rank, if nothing else is asked for), G responses to each, one
+update. They differ in settings alone:
 
     plain       each rank its own prompt, repeated for each response; a video is decoded and encoded again in each pass
     stage_1     the same, but a video is decoded and encoded once a step
@@ -61,18 +62,23 @@ class Shape:
         model: a name of `mrsp_world.MODELS`.
         frames: of each video.
         group_size, response: G, and the most tokens of each response.
-        steps: measured after one that is not.
+        prompts: of a step.
+        steps: that are measured.
+        warm_up: whether one that is not comes before.
         kl: weight of the KL term; above 0 the reference model makes a pass too.
-        cp_comm_type: how the ranks of a replica share a sequence, as parallel.cp_comm_type.
+        cp_comm_type, cp_split: how the ranks of a replica share a sequence, as in parallel.
     """
 
     model: str
     frames: int
     group_size: int
     response: int
+    prompts: int
     steps: int
+    warm_up: bool
     kl: float
     cp_comm_type: str
+    cp_split: str
 
 
 def main(
@@ -81,18 +87,26 @@ def main(
     group_size: Annotated[int, typer.Option(help="Responses to each prompt (G).")] = 8,
     response: Annotated[int, typer.Option(help="Most tokens of a response.")] = 128,
     rounds: Annotated[int, typer.Option(help="Turns of each variant.")] = 3,
-    steps: Annotated[int, typer.Option(help="Measured steps in a turn, after one that is not.")] = 1,
+    prompts: Annotated[
+        int | None, typer.Option(help="Prompts of a step; default: one for each rank.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Measured steps in a turn.")] = 1,
+    warm_up: Annotated[bool, typer.Option(help="Do one step before that is not measured.")] = True,
     kl: Annotated[float, typer.Option(help="Weight of the KL term; 0 leaves out the reference pass.")] = 0.01,
-    cp_comm_type: Annotated[str, typer.Option(help="p2p (ring), a2a (Ulysses) or a2a+p2p.")] = "p2p",
+    cp_comm_type: Annotated[str, typer.Option(help="auto, p2p (ring), a2a (Ulysses) or a2a+p2p.")] = "auto",
+    cp_split: Annotated[str, typer.Option(help="Of variant megavila: auto, or always.")] = "auto",
     variant: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(help="File of results to write (JSON).")] = None,
 ) -> None:
     """Time a GRPO step in every variant and print and save seconds, memory and speed-ups."""
     names = list(variant or VARIANTS)
     records: list[dict[str, Any]] = []
-    with _scratch(frames, (steps + 1) * _world_size()) as scratch:
+    prompts = prompts or _world_size()
+    with _scratch(frames, (steps + warm_up) * prompts) as scratch:
         for count in frames:
-            shape = Shape(model, count, group_size, response, steps, kl, cp_comm_type)
+            shape = Shape(
+                model, count, group_size, response, prompts, steps, warm_up, kl, cp_comm_type, cp_split
+            )
             for turn in range(rounds):
                 for name in names:
                     record = run_variant(name, shape, scratch)
@@ -111,6 +125,7 @@ def main(
         "model": model,
         "group_size": group_size,
         "response": response,
+        "prompts": prompts,
         "summary": summarise(records),
         "records": records,
     }
@@ -134,11 +149,12 @@ def run_variant(name: str, shape: Shape, scratch: Path) -> dict[str, Any]:
             ),
             Scorer(session.config.reward),  # type: ignore[attr-defined]
         )
-        trainer.train_step(1)
+        if shape.warm_up:
+            trainer.train_step(1)
         session.timers.pop()
         counters: dict[str, float] = {}
         with MemoryPeak(session.platform) as memory:
-            for step in range(2, 2 + shape.steps):
+            for step in range(1 + shape.warm_up, 1 + shape.warm_up + shape.steps):
                 with session.timers("time/step"):
                     metrics = trainer.train_step(step)
                 for key, value in metrics.items():
@@ -183,7 +199,7 @@ def _opened(name: str, shape: Shape, scratch: Path) -> Iterator[Session]:
             "run": {
                 "name": name,
                 "output_dir": str(scratch / "runs"),
-                "steps": shape.steps + 1,
+                "steps": shape.steps + shape.warm_up,
                 "log_every": 1,
             },
             "model": {
@@ -201,7 +217,7 @@ def _opened(name: str, shape: Shape, scratch: Path) -> Iterator[Session]:
             "parallel": {
                 "context_parallel": ranks if variant["shared"] else 1,
                 "cp_comm_type": shape.cp_comm_type if variant["shared"] and ranks > 1 else "p2p",
-                "cp_split": variant.get("split", "auto"),
+                "cp_split": variant.get("split", shape.cp_split),
             },
             "optimizer": {"lr": 1e-30},  # too small to move any weight
             "checkpoint": {"every": 0, "save_final": False},
@@ -215,7 +231,7 @@ def _opened(name: str, shape: Shape, scratch: Path) -> Iterator[Session]:
                 "function_weights": [1.0],
             },
             "grpo": {
-                "prompts_per_step": ranks,
+                "prompts_per_step": shape.prompts,
                 "kl_beta": shape.kl,
                 "drop_zero_variance": False,
                 "max_tokens_per_microbatch": longest,
