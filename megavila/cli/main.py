@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from megavila.cli import convert, data, demo, evaluate, generate, score, video
+from megavila.cli import convert, data, demo, evaluate, generate, score, serve, video
 from megavila.runtime.errors import MegavilaError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("demo")(demo.demo)
 app.command("eval", context_settings={"allow_interspersed_args": True})(evaluate.evaluate_command)
 app.command("generate")(generate.generate)
 app.command("score")(score.score)
+app.command("serve")(serve.serve_command)
 app.command("convert")(convert.convert)
 app.add_typer(data.app, name="data")
 app.add_typer(video.app, name="video")

@@ -6,9 +6,9 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from megavila.config import EvalConfig, ScoreConfig, load_config
+from megavila.config import EvalConfig, ScoreConfig, ServeConfig, load_config
 
-C = TypeVar("C", EvalConfig, ScoreConfig)
+C = TypeVar("C", EvalConfig, ScoreConfig, ServeConfig)
 
 Model = Annotated[
     Path | None,

@@ -6,9 +6,11 @@ from megavila.config.load import build, load_config, save_config, to_dict
 from megavila.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megavila.config.parallel import ParallelConfig
 from megavila.config.recipes import (
+    AnswerConfig,
     EvalConfig,
     GrpoRunConfig,
     ScoreConfig,
+    ServeConfig,
     SftRunConfig,
     TrainingRoot,
     check_split,
@@ -20,6 +22,7 @@ from megavila.config.section import ConfigError
 from megavila.config.training import CheckpointConfig, GrpoConfig, MrspConfig, OptimizerConfig, SftConfig
 
 __all__ = [
+    "AnswerConfig",
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "RolloutConfig",
     "RunSettings",
     "ScoreConfig",
+    "ServeConfig",
     "SftConfig",
     "SftRunConfig",
     "TrainingRoot",

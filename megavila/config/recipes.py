@@ -1,4 +1,4 @@
-"""The roots: all that one GRPO run, one SFT run or one evaluation is configured by."""
+"""The roots: all that one GRPO run, one SFT run, one evaluation or one server is configured by."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -128,16 +128,13 @@ class SftRunConfig(TrainingRoot):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Section):
-    """One evaluation: a model, files of rows and the numbers of frames to score it at."""
+class AnswerConfig(Section):
+    """A model that answers, and the engine that it answers with."""
 
     model: ModelConfig = required("The model.")
     data: DataConfig = required("Rows, media and prompts; the files are data.eval.")
     parallel: ParallelConfig = subsection(ParallelConfig, "Parallel degrees.")
-    reward: RewardConfig = subsection(RewardConfig, "Scoring of responses.")
-    init_from: str | None = knob(None, "Checkpoint whose weights are evaluated; null: those of model.path.")
-    num_frames: tuple[int, ...] = knob((), "Numbers of frames to evaluate at; empty: as data says.")
-    blank_frames: bool = knob(False, "Show black frames instead of the video, to see what text alone gives.")
+    init_from: str | None = knob(None, "Checkpoint whose weights answer; null: those of model.path.")
     engine: Literal["megatron", "vllm"] = knob("megatron", "Who generates.")
     temperature: float = knob(0.0, "Softmax temperature; 0: greedy.")
     max_response_tokens: int = knob(1024, "Longest response, in tokens.")
@@ -145,21 +142,59 @@ class EvalConfig(Section):
     kv_cache_gib: float = knob(4.0, "Memory for vLLM's keys and values on each rank, in GiB.")
     batch_size: int = knob(32, "Rows generated together.")
     store_gib: float = knob(1.0, "Memory for embeddings, in GiB.")
-    limit: int | None = knob(None, "Evaluate the first so many rows only.")
-    output: str | None = knob(None, "Directory for predictions and scores; null: print only.")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto: CUDA where there is a device, else the CPU.")
     seed: int = knob(0, "Seed of sampling, where the temperature is not 0.")
 
     def validate(self) -> None:
         check_split(self.model, self.parallel)
-        require(bool(self.data.eval), "data.eval is empty; name at least one file of rows")
-        self.require_at_least(1, "max_response_tokens", "max_batch_tokens", "batch_size", "limit")
+        self.require_at_least(1, "max_response_tokens", "max_batch_tokens", "batch_size")
         self.require_at_least(0, "temperature", "seed", "store_gib")
         self.require_positive("kv_cache_gib")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(AnswerConfig):
+    """One evaluation: a model, files of rows and the numbers of frames to score it at."""
+
+    reward: RewardConfig = subsection(RewardConfig, "Scoring of responses.")
+    num_frames: tuple[int, ...] = knob((), "Numbers of frames to evaluate at; empty: as data says.")
+    blank_frames: bool = knob(False, "Show black frames instead of the video, to see what text alone gives.")
+    limit: int | None = knob(None, "Evaluate the first so many rows only.")
+    output: str | None = knob(None, "Directory for predictions and scores; null: print only.")
+
+    def validate(self) -> None:
+        super().validate()
+        require(bool(self.data.eval), "data.eval is empty; name at least one file of rows")
+        self.require_at_least(1, "limit")
         require(
             all(1 <= n <= MAX_FRAMES for n in self.num_frames),
             f"num_frames is {list(self.num_frames)}, each must be from 1 to {MAX_FRAMES}",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(AnswerConfig):
+    """A model behind an HTTP endpoint. Requests without a temperature or max_tokens get those set here."""
+
+    name: str | None = knob(None, "What requests call the model; null: model.path as it is given.")
+    media_root: str | None = knob(None, "Directory whose videos requests may name; null: no videos.")
+    host: str = knob("127.0.0.1", "Address to listen at; there is no authentication.")
+    port: int = knob(8000, "Port to listen at; 0: a free one, which is logged.")
+    max_waiting: int = knob(256, "Requests that may wait for a batch; more are turned away with status 503.")
+
+    def validate(self) -> None:
+        super().validate()
+        self.require_at_least(1, "max_waiting")
+        self.require_between(0, 65535, "port")
+        require(
+            self.name is not None or self.model.path is not None,
+            "name is not set and there is no model.path to be called by; set name",
+        )
+
+    @property
+    def served_name(self) -> str:
+        """What requests call the model."""
+        return self.name if self.name is not None else str(self.model.path)
 
 
 @dataclass(frozen=True, kw_only=True)

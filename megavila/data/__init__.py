@@ -1,7 +1,14 @@
 """Rows, templates, tokenizers and multimodal prompts."""
 
 from megavila.data.dataset import GroupSampler, PromptStream
-from megavila.data.prompt import MediaSpan, PositionRule, Prompt, PromptBuilder, sequential_positions
+from megavila.data.prompt import (
+    MediaSpan,
+    PositionRule,
+    Prompt,
+    PromptBuilder,
+    PromptTooLong,
+    sequential_positions,
+)
 from megavila.data.row import Row
 from megavila.data.rows import RowError, RowFile, read_rows
 from megavila.data.targets import ReasoningHook, target_text
@@ -16,6 +23,7 @@ __all__ = [
     "PromptBuilder",
     "PromptStream",
     "PromptTemplate",
+    "PromptTooLong",
     "ReasoningHook",
     "Row",
     "RowError",

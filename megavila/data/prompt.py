@@ -26,6 +26,10 @@ _MEDIA_TOKENS = (MEDIA_TOKEN, "<vila/video>", "<|video_pad|>", "<|image_pad|>", 
 _REMEMBERED_TEXTS = 8192
 
 
+class PromptTooLong(MegavilaError):
+    """A prompt has more tokens than the model or the run has room for; the message names both."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """What both rollout and trainer read for one row.
@@ -120,7 +124,7 @@ class PromptBuilder:
         self._encode = lru_cache(maxsize=_REMEMBERED_TEXTS)(tokenizer.encode)
 
     def build(self, row: Row) -> Prompt:
-        """The prompt of one row. Raises MediaError for an unreadable video, MegavilaError for one too long."""
+        """The prompt of one row. Raises MediaError for an unreadable video, PromptTooLong."""
         if row.data_type == "audio":
             raise MegavilaError(
                 f"{row.source or row.problem_id}: audio rows cannot be made into prompts; leave them out"
@@ -129,7 +133,7 @@ class PromptBuilder:
         parts = self.template.render(row, videos[0].duration if videos else None)
         ids, spans = self._tokens(parts, videos, float(row.extra.get("time_offset") or 0))
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
-            raise MegavilaError(self._too_long(row, videos, len(ids), spans))
+            raise PromptTooLong(self._too_long(row, videos, len(ids), spans))
         token_ids = torch.tensor(ids, dtype=torch.int64)
         # Rows are concatenated by video in the row's order, whatever order a template shows the videos in.
         groups = [-(-video.num_frames // self.temporal_pooling) for video in videos]

@@ -1,26 +1,19 @@
-"""A trained model that answers rows: everything that evaluation and offline generation need, built from one config."""
+"""Answers to rows, in batches: what evaluation and offline generation are made of."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from megavila.config import EvalConfig, MrspConfig
-from megavila.data import Prompt, PromptBuilder, PromptTemplate, Row, Tokenizer, read_rows
-from megavila.evaluation.loading import open_model
-from megavila.media import FrameCache, MediaError, get_decoder
-from megavila.models import VisionLanguageModel, tokens_per_frame
-from megavila.mrsp.encode import VideoEncoder
-from megavila.mrsp.shards import ShardedRows
-from megavila.rollout.engines import open_engine
-from megavila.rollout.protocol import Response, RolloutEngine, SamplingParams
+from megavila.config import EvalConfig
+from megavila.data import Prompt, Row, read_rows
+from megavila.evaluation.responder import Responder, open_responder
+from megavila.media import FrameCache, MediaError
+from megavila.rollout.protocol import Response, SamplingParams
 from megavila.runtime.logging import get_logger
 from megavila.runtime.seeds import derive_seed
-from megavila.runtime.topology import Topology
 
-GIB = 2**30
 _log = get_logger(__name__)
 
 
@@ -33,15 +26,10 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Answerer:
-    """A model that is ready to answer; `open_answerer` builds one."""
+class Answerer(Responder):
+    """A model that is ready to answer rows; `open_answerer` builds one."""
 
     config: EvalConfig
-    topology: Topology
-    tokenizer: Tokenizer
-    model: VisionLanguageModel
-    engine: RolloutEngine
-    encoder: VideoEncoder
 
     def rows(self) -> list[Row]:
         """All rows of `data.eval`, or the first `limit` of them."""
@@ -60,7 +48,7 @@ class Answerer:
 
         Raises MediaError for unreadable media, unless `data.on_bad_media` is "skip".
         """
-        builder = self._prompt_builder(num_frames)
+        builder = self.prompt_builder(self.context_tokens - self.config.max_response_tokens, num_frames)
         params = SamplingParams(
             max_tokens=self.config.max_response_tokens,
             temperature=self.config.temperature,
@@ -72,7 +60,7 @@ class Answerer:
             for place, row in enumerate(batch):
                 try:
                     prompt = builder.build(_with_frames(row, num_frames))
-                    ready[place] = prompt, self._media_rows(prompt, blank)
+                    ready[place] = prompt, self.media_rows(prompt, blank=blank)
                 except MediaError as error:
                     if self.config.data.on_bad_media == "error":
                         raise
@@ -91,34 +79,6 @@ class Answerer:
             }
             yield [found.get(place) for place in range(len(batch))]
 
-    def _prompt_builder(self, num_frames: int | None) -> PromptBuilder:
-        data, model = self.config.data, self.model.config
-        if num_frames is not None:
-            data = replace(data, num_frames=num_frames, fps=None)
-        assert model.language is not None
-        return PromptBuilder(
-            self.tokenizer,
-            PromptTemplate(data.template),
-            data,
-            1 if model.vision is None else tokens_per_frame(model.vision, model.projector),
-            temporal_pooling=model.projector.temporal_pooling,
-            max_prompt_tokens=model.language.max_position_embeddings - self.config.max_response_tokens,
-        )
-
-    @torch.no_grad()
-    def _media_rows(self, prompt: Prompt, blank: bool) -> Tensor | None:
-        if not prompt.videos:
-            return None
-        if not blank:
-            return ShardedRows.join(self.encoder.encode_or_raise(prompt.videos)).whole()
-        assert self.model.vision is not None
-        size = self.model.vision.config.image_size
-        device = self.model.language.output_weight().device
-        frame = self.model.encode_frames(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
-        return torch.cat(
-            [self.model.media_rows(frame.expand(video.num_frames, -1, -1)) for video in prompt.videos]
-        )
-
 
 @contextmanager
 def open_answerer(config: EvalConfig, *, frames: FrameCache | None = None) -> Iterator[Answerer]:
@@ -126,33 +86,8 @@ def open_answerer(config: EvalConfig, *, frames: FrameCache | None = None) -> It
 
     frames: decoded frames to go on from, where several models in one process look at the same videos.
     """
-    with ExitStack() as stack:
-        loaded = stack.enter_context(open_model(config))
-        model, tokenizer, topology = loaded.model, loaded.tokenizer, loaded.topology
-        engine = stack.enter_context(
-            open_engine(
-                config.engine,
-                model,
-                tokenizer,
-                topology,
-                max_tokens=model.language.config.max_position_embeddings,
-                max_batch_tokens=config.max_batch_tokens,
-                kv_cache_gib=config.kv_cache_gib,
-            )
-        )
-        engine.update_weights()
-        frames = frames or FrameCache(
-            int(config.data.cache_frames_gib * GIB), get_decoder(config.data.decoder)
-        )
-        options = MrspConfig(store_gib=config.store_gib)
-        yield Answerer(
-            config,
-            topology,
-            tokenizer,
-            model,
-            engine,
-            VideoEncoder.from_config(options, model, frames.load, topology, config.data.decoder),
-        )
+    with open_responder(config, frames=frames) as opened:
+        yield Answerer(config, opened.topology, opened.tokenizer, opened.model, opened.engine, opened.encoder)
 
 
 def _with_frames(row: Row, num_frames: int | None) -> Row:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megavila.config import EvalConfig, ScoreConfig, resolve_parallel
+from megavila.config import AnswerConfig, ScoreConfig, resolve_parallel
 from megavila.data import Tokenizer, load_tokenizer
 from megavila.models import VisionLanguageModel, build_model, resolve_config
 from megavila.runtime.platform import get_platform
@@ -24,7 +24,7 @@ class LoadedModel:
 
 
 @contextmanager
-def open_model(config: EvalConfig | ScoreConfig) -> Iterator[LoadedModel]:
+def open_model(config: AnswerConfig | ScoreConfig) -> Iterator[LoadedModel]:
     """Join the processes, load the weights of `model.path` or `init_from`; leave the process groups at the end."""
     platform = get_platform(config.device)
     model_config = resolve_config(config.model)

@@ -38,7 +38,9 @@ def build_model(
     config = resolve_config(config)
     assert config.language is not None
     dtype = platform.default_dtype() if config.dtype == "auto" else getattr(torch, config.dtype)
-    language = LanguageModel(config.language, topology, dtype=dtype, recompute=config.recompute, offload=config.offload_activations)
+    language = LanguageModel(
+        config.language, topology, dtype=dtype, recompute=config.recompute, offload=config.offload_activations
+    )
     vision = projector = None
     if config.vision is not None:
         vision = SiglipVisionTower(config.vision, dtype=dtype)
