@@ -10,7 +10,6 @@ table is not charged for: plain torch would have to build it first.
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.machine import measured
 from megavila.mrsp.gather import load_extension, padded_shard_gather
 
 WIDTH = 3584  # Qwen2-7B
@@ -99,18 +99,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--commit", default="", help="what was measured, for the record")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     if load_extension() is None:
         raise SystemExit("the C++ extension is not built; run make install")
     torch.set_num_threads(options.threads)
     record = {
-        "command": f"python -m benchmarks.kernels.shard_gather --threads {options.threads} --rounds {options.rounds}",
-        "commit": options.commit,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
+        "measured": measured(
+            f"python -m benchmarks.kernels.shard_gather --threads {options.threads} --rounds {options.rounds}"
+        ),
         "dtype": "bfloat16",
         "width": WIDTH,
         "load_before": [round(value, 2) for value in os.getloadavg()],

@@ -27,7 +27,7 @@ from megavila.runtime.errors import MegavilaError
 
 PADDING = -1
 
-# Whole groups leave no rank with more than this share above the mean, in tokens and in attention.
+# Where groups stay whole, no rank has more than this many times the mean, in tokens and in attention.
 SLACK = 1.1
 # Below this many tokens a rank even NVLink does not hide the exchange behind the computation (28 query, 4 key/value heads).
 SHORT = 330
