@@ -116,8 +116,9 @@ def main(
                         Console(stderr=True).print(f"{count} frames, round {turn}, {name}: {seconds}")
     if not _is_main():
         return
+    arguments = [a for a in sys.argv[1:] if out is None or a not in ("--out", str(out))]
     command = " ".join(
-        ["torchrun", "--nproc-per-node", str(_world_size()), "-m", "benchmarks.mrsp_step", *sys.argv[1:]]
+        ["torchrun", "--nproc-per-node", str(_world_size()), "-m", "benchmarks.mrsp_step", *arguments]
     )
     result = {
         "measured": measured(command),
