@@ -1,17 +1,17 @@
 """The Triton backend against the dense fp64 specification: on a GPU as compiled, elsewhere in Triton's
 interpreter.
 
-The interpreter multiplies bf16 wrongly, so bf16 is tested on a GPU only.
+The interpreter multiplies bf16 wrongly, so bf16 is tested on a GPU only. What other implementations got wrong is in
+test_regressions.py.
 """
 
-import sys
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
-from megavila_kernels import IntervalMask, attend
-from megavila_kernels.interval_attention import finish, get_backend, zero_gradients
+from megavila_kernels import IntervalMask, attend, choice
+from megavila_kernels.interval_attention import get_backend, zero_gradients
 from megavila_kernels.interval_attention.tile_runs import build_tile_runs
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from tests.kernels.test_interval_attention import (
     run,
     same_precision,
     shared_prefix,
-    with_padding,
 )
 
 pytest.importorskip("triton")
@@ -196,117 +195,6 @@ def test_backward_is_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-# ---- what other implementations got wrong; each beside the wrong variant, which the check must reject
-
-
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_error_does_not_grow_with_the_ring_degree(backend: str) -> None:
-    """fp32 state and gradients carried from part to part. Wrong variant: every part's result in fp16."""
-    mask = make_mask(packed([96], causal=True))
-    mask, inputs = on_device(mask, make_inputs(mask, 4, 2, 32))
-    expected = run(inputs, mask, torch.float64, "reference", lse_grad=False)
-
-    def errors(parts: int, rounded: bool) -> Tensor:
-        result = ring(inputs, mask, parts, backend, rounded)
-        return torch.tensor([error(a, e) for a, e in zip(result, [expected[0], *expected[2:]], strict=True)])
-
-    single = errors(1, rounded=False)
-    assert (errors(8, rounded=False) <= 1.02 * single).all()
-    assert (errors(8, rounded=True) > 1.02 * single).all()
-
-
-@torch.no_grad()
-def ring(
-    inputs: list[Tensor], mask: IntervalMask, parts: int, backend: str, rounded: bool, stale: bool = False
-) -> list[Tensor]:
-    """out, dq, dk, dv in fp16 of attention over keys that arrive in `parts` equal pieces.
-
-    rounded: as rings do that exchange outputs and gradients in half precision. stale: the backward reads the
-    K/V of the next step.
-    """
-    q, k, v, dout = (x.to(FLOAT16) for x in inputs[:4])
-    attention = get_backend(backend, q)
-    scale = q.shape[-1] ** -0.5
-    size = mask.tokens_k // parts
-    pieces = [
-        (
-            slice(a, a + size),
-            IntervalMask(*(((x.clamp(a, a + size)) - a).int() for x in (mask.lo, mask.hi)), size),
-        )
-        for a in range(0, mask.tokens_k, size)
-    ]
-    state = None
-    for number, (keys, part) in enumerate(pieces[:-1]):
-        state = attention.accumulate(q, k[keys], v[keys], part, scale, state)
-        if rounded:
-            state.acc.copy_(
-                state.acc.half() if number else finish(state, FLOAT16)[0] * state.total[..., None]
-            )
-    keys, part = pieces[-1]
-    out, lse = attention.forward(q, k[keys], v[keys], part, scale, state)
-    rows = attention.row_gradients(dout, None, out, lse)
-    into = zero_gradients(q, k, v)
-    for keys, part in pieces:
-        source = slice(keys.start - size, keys.stop - size) if stale and keys.start else keys
-        share = type(into)(into.dq, into.dk[keys], into.dv[keys])
-        attention.backward(rows, q, k[source], v[source], part, scale, share)
-        if rounded:
-            for x in (share.dq, share.dk, share.dv):
-                x.copy_(x.half())
-    return [out, into.dq, into.dk, into.dv]
-
-
-def test_stale_keys_in_the_backward_pass_are_noticed() -> None:
-    mask = make_mask(packed([96], causal=True))
-    mask, inputs = on_device(mask, make_inputs(mask, 4, 2, 32))
-    expected = run(inputs, mask, torch.float64, "reference", lse_grad=False)
-    for a, e in zip(ring(inputs, mask, 4, "triton", rounded=False)[1:], expected[2:], strict=True):
-        assert error(a, e) < 2e-3
-    stale = ring(inputs, mask, 4, "triton", rounded=False, stale=True)
-    assert error(stale[1], expected[2]) > 0.1
-
-
-def test_empty_rows_and_padding() -> None:
-    """Rows that see nothing, alone in a tile, beside others, and with a global lse of -inf in the backward."""
-    case = with_padding(packed([150], causal=True), 90)
-    case[1][0][3] = 0
-    mask = make_mask(case)
-    mask, inputs = on_device(mask, make_inputs(mask, 2, 1, 32))
-    out, lse, dq, dk, dv = run(inputs, mask, FLOAT16, "triton")
-    empty = torch.zeros(240, dtype=torch.bool, device=out.device)
-    empty[150:], empty[3] = True, True
-    assert torch.all(lse[empty] == float("-inf")) and torch.all(torch.isfinite(lse[~empty]))
-    for x in (out, dq):
-        assert torch.all(x[empty] == 0) and torch.all(torch.isfinite(x))
-    assert torch.all(dq[~empty][1:].flatten(1).norm(dim=1) > 0)  # row 0 sees one key: its dq is 0
-    for x in (dk, dv):
-        assert torch.all(x[150:] == 0) and torch.all(x[:150].flatten(1).norm(dim=1) > 0)
-
-
-def test_full_attention_is_not_differentiated_causally() -> None:
-    full, causal = (make_mask(packed([63], causal=x)) for x in (False, True))
-    inputs = make_inputs(full, 2, 1, 32)
-    full, inputs = on_device(full, inputs)
-    causal, _ = on_device(causal, [])
-    actual = run(inputs, full, FLOAT32, "triton", lse_grad=False)
-    expected = run(inputs, full, torch.float64, "reference", lse_grad=False)
-    q, k, v = (x.to(FLOAT32) for x in inputs[:3])
-    rows = TRITON.row_gradients(inputs[3].to(FLOAT32), None, actual[0], actual[1])
-    wrong = TRITON.backward(rows, q, k, v, causal, 32**-0.5)
-    for a, e, w in zip(actual[2:], expected[2:], (wrong.dq, wrong.dk, wrong.dv), strict=True):
-        assert error(a, e) < 1e-6 < 0.1 < error(w, e)
-
-
-def test_lse_is_a_natural_logarithm() -> None:
-    mask = make_mask(packed([63], causal=False))
-    mask, inputs = on_device(mask, make_inputs(mask, 2, 1, 32))
-    _, lse, *_ = run(inputs, mask, FLOAT32, "triton")
-    q, k = inputs[0], inputs[1].expand(-1, 2, -1)
-    expected = torch.logsumexp(torch.einsum("qhd,khd->qhk", q, k) * 32**-0.5, dim=-1)
-    assert error(lse, expected) < 1e-6
-    assert error(lse * 1.4426950408889634, expected) > 0.1
-
-
 def test_every_visible_pair_is_visited_once() -> None:
     """The tile runs, expanded, against the dense mask; a full run must hold no hidden pair."""
     for case in (*CASES.values(), ragged(300, 190, seed=3), ALL_CASES["three_intervals"]):
@@ -348,9 +236,8 @@ def test_unsupported_inputs_are_named() -> None:
 
 
 def test_auto_warns_when_a_gpu_must_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    interface = sys.modules["megavila_kernels.interval_attention.interface"]
-    monkeypatch.setattr(interface, "_triton_missing", lambda: "triton cannot be imported (no such module)")
-    interface._warn_once.cache_clear()
+    monkeypatch.setattr(choice, "_triton_missing", lambda: "triton cannot be imported (no such module)")
+    choice._warn_once.cache_clear()
     query = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
     with pytest.warns(UserWarning, match="plain torch.*triton cannot be imported"):
         chosen = get_backend("auto", query)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ HEADS, KV_HEADS, D = 4, 2, 16
 # Per group: text, frames of each video (3 tokens each), text, response lengths.
 SHAPES: dict[str, list[tuple[int, list[int], int, list[int]]]] = {
     "one token": [(1, [], 0, [1])],
+    "uneven": [(length - 2, [], 0, [2]) for length in (9, 8, 8, 12, 8, 12)],
     "odd": [(7, [3], 4, [1, 9, 33, 2, 7])],
     "mixed": [(5, [2, 1], 4, [7, 0, 1]), (9, [], 0, [3, 5]), (0, [1], 1, []), (31, [16], 2, [63, 17])],
 }

@@ -1,16 +1,16 @@
 """The public functions: shapes are checked here, then a backend computes."""
 
 import math
-import warnings
-from functools import cache
 
 from torch import Tensor
 
+from megavila_kernels.choice import use_triton
 from megavila_kernels.interval_attention.autograd import Attend
 from megavila_kernels.interval_attention.backend import Backend
 from megavila_kernels.interval_attention.mask import IntervalMask
 from megavila_kernels.interval_attention.reference import reference_attend
 from megavila_kernels.interval_attention.torch_backend import TorchBackend
+from megavila_kernels.interval_attention.triton_config import unsupported
 
 BACKENDS = ("auto", "torch", "triton", "reference")
 
@@ -75,35 +75,11 @@ def get_backend(name: str, q: Tensor) -> Backend:
     Raises ValueError where "triton" cannot run on q. Where "auto" on a GPU must do without Triton, it warns
     once with the reason.
     """
-    if name == "torch" or (name == "auto" and q.device.type != "cuda"):
+    if not use_triton("attention", name, q, unsupported):
         return TorchBackend()
-    if name not in ("auto", "triton"):
-        raise ValueError(f"unknown attention backend {name!r}; use auto, torch or triton")
-    reason = _triton_missing()
-    if reason is None:
-        from megavila_kernels.interval_attention.triton_backend import TritonBackend, unsupported
+    from megavila_kernels.interval_attention.triton_backend import TritonBackend
 
-        reason = unsupported(q)
-        if reason is None:
-            return TritonBackend()
-    if name == "triton":
-        raise ValueError(f"the Triton attention kernels cannot run: {reason}; use backend='torch'")
-    _warn_once(f"attention runs on plain torch, much slower than the Triton kernels: {reason}")
-    return TorchBackend()
-
-
-@cache
-def _triton_missing() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    return None
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    return TritonBackend()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask) -> None:

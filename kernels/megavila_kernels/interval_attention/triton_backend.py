@@ -10,25 +10,15 @@ from megavila_kernels.interval_attention.backend import AttentionState, Gradient
 from megavila_kernels.interval_attention.mask import IntervalMask
 from megavila_kernels.interval_attention.triton_backward import dkdv_kernel, dq_kernel, prepare_kernel
 from megavila_kernels.interval_attention.triton_config import (
-    DTYPES,
-    MAX_HEAD_DIM,
     dot_precision,
     padded_head_dim,
     select_config,
+    unsupported,
 )
 from megavila_kernels.interval_attention.triton_forward import forward_kernel
 
 LOG2E = 1.4426950408889634
 PREPARE_ROWS = 64
-
-
-def unsupported(q: Tensor) -> str | None:
-    """Why the kernels cannot run on inputs like q, or None."""
-    if q.dtype not in DTYPES:
-        return f"dtype {q.dtype} is not one of {', '.join(str(x) for x in DTYPES)}"
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"head dimension {q.shape[-1]} is greater than {MAX_HEAD_DIM}"
-    return None
 
 
 class TritonBackend:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,6 +99,15 @@ FULL_PRECISION = {
 INTERPRETER = KernelConfig(64, 64, 4, 1)
 
 
+def unsupported(q: Tensor) -> str | None:
+    """Why the kernels cannot run on inputs like q, or None."""
+    if q.dtype not in DTYPES:
+        return f"dtype {q.dtype} is not one of {', '.join(str(x) for x in DTYPES)}"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head dimension {q.shape[-1]} is greater than {MAX_HEAD_DIM}"
+    return None
+
+
 def padded_head_dim(d: int) -> int:
     """The power of two, at least 16, that a tile's columns are padded to."""
     return max(16, 1 << (d - 1).bit_length())
@@ -112,7 +122,7 @@ def select_config(kernel: str, device: torch.device, d: int, dtype: torch.dtype)
     """The configuration of `kernel` ("forward", "dq" or "dkdv") for `device`."""
     if device.type == "cpu":
         return INTERPRETER
-    return config_for(kernel, _capability(device), d, dtype)
+    return config_for(kernel, capability_of(device), d, dtype)
 
 
 def config_for(kernel: str, capability: tuple[int, int], d: int, dtype: torch.dtype) -> KernelConfig:
@@ -120,15 +130,17 @@ def config_for(kernel: str, capability: tuple[int, int], d: int, dtype: torch.dt
     columns = max(64, padded_head_dim(d))
     if dtype == torch.float32:
         return FULL_PRECISION[kernel][columns]
+    return HALF[kernel][gpu_class(capability)][columns]
+
+
+def gpu_class(capability: tuple[int, int]) -> str:
+    """ "sm_90", "sm_80" or "small", by shared memory."""
     if capability in ((9, 0), (10, 0), (10, 3)):
-        gpu = "sm_90"
-    elif capability == (8, 0):
-        gpu = "sm_80"
-    else:
-        gpu = "small"
-    return HALF[kernel][gpu][columns]
+        return "sm_90"
+    return "sm_80" if capability == (8, 0) else "small"
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (8, 0) for a CPU, where kernels are interpreted."""
+    return (8, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
