@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,7 +16,11 @@ from megavila.runtime.platform import get_platform
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of a result file. milliseconds None: it did not run, and `note` says why."""
+    """One line of a result file. milliseconds None: it did not run, and `note` says why.
+
+    What is bound by arithmetic has tflops, and their fraction of the GPU's peak; what is bound by memory has
+    gb_per_second, and their fraction of a plain copy's.
+    """
 
     case: str
     tokens: int
@@ -25,6 +30,11 @@ class Measurement:
     tflops: float | None
     fraction_of_peak: float | None
     note: str = ""
+    gb_per_second: float | None = None
+
+    @property
+    def rate(self) -> float | None:
+        return self.gb_per_second if self.tflops is None else self.tflops
 
 
 def device_name() -> str:
@@ -69,22 +79,39 @@ def measure(
     tokens: int,
     provider: str,
     direction: str,
-    flops: float,
+    flops: float | None,
     run: Callable[[], object],
     seconds: float,
+    moved: int = 0,
 ) -> Measurement:
-    """What fails (no memory, a mask the provider does not know) becomes a line that says so."""
+    """What fails (no memory, a mask the provider does not know) becomes a line that says so.
+
+    flops: operations of a call; None where memory is what counts, with `moved` bytes read and written.
+    """
     try:
         milliseconds = median_milliseconds(run, seconds)
     except Exception as error:
         torch.cuda.empty_cache()
         note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return Measurement(case, tokens, provider, direction, None, None, None, note[:200])
+    if flops is None:
+        speed = moved / milliseconds / 1e6
+        share = speed / copy_gb_per_second()
+        return Measurement(case, tokens, provider, direction, milliseconds, None, share, gb_per_second=speed)
     tflops = flops / milliseconds / 1e9
     peak = get_platform().peak_tflops()
     return Measurement(
         case, tokens, provider, direction, milliseconds, tflops, None if peak is None else tflops / peak
     )
+
+
+@cache
+def copy_gb_per_second() -> float:
+    """Bytes read and written by a plain copy of a large tensor: what an op bound by memory can hope for."""
+    size = (1 << 30) if torch.cuda.is_available() else (1 << 26)
+    source = torch.zeros(size, dtype=torch.int8, device=get_platform().device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_milliseconds(lambda: target.copy_(source), 0.2) / 1e6
 
 
 def show(line: Measurement) -> None:
@@ -94,16 +121,18 @@ def show(line: Measurement) -> None:
             flush=True,
         )
         return
-    share = "" if line.fraction_of_peak is None else f" {line.fraction_of_peak:5.1%} of peak"
+    of = "peak" if line.gb_per_second is None else "a plain copy"
+    share = "" if line.fraction_of_peak is None else f" {line.fraction_of_peak:5.1%} of {of}"
+    speed = f"{line.rate:8.3f} TFLOP/s" if line.gb_per_second is None else f"{line.rate:8.1f} GB/s"
     print(
         f"{line.case:<24} {line.tokens:>7} {line.direction:<17} {line.provider:<22} "
-        f"{line.milliseconds:9.3f} ms {line.tflops:8.3f} TFLOP/s{share}",
+        f"{line.milliseconds:9.3f} ms {speed}{share}",
         flush=True,
     )
 
 
 def write_results(lines: Sequence[Measurement], directory: Path, name: str) -> None:
-    """`name`.csv and, per direction, `name`-forward.png and so on: TFLOP/s of each provider."""
+    """`name`.csv and, per direction, `name`-forward.png and so on: TFLOP/s or GB/s of each provider."""
     directory.mkdir(parents=True, exist_ok=True)
     rows = [asdict(line) for line in lines]
     with open(directory / f"{name}.csv", "w", newline="") as file:
@@ -125,14 +154,14 @@ def write_results(lines: Sequence[Measurement], directory: Path, name: str) -> N
             1, len(cases), figsize=(5 * len(cases), 4), sharey=True, squeeze=False, layout="constrained"
         )
         for axis, case in zip(axes[0], cases, strict=True):
-            done = [x for x in lines if (x.case, x.direction) == (case, direction) and x.tflops is not None]
+            done = [x for x in lines if (x.case, x.direction) == (case, direction) and x.rate is not None]
             for provider in dict.fromkeys(x.provider for x in done):
-                points = [(x.tokens, x.tflops) for x in done if x.provider == provider]
+                points = [(x.tokens, x.rate) for x in done if x.provider == provider]
                 axis.plot(*zip(*points, strict=True), marker="o", label=provider)
             axis.set(title=case, xlabel="tokens", xscale="log")
             if done:
                 axis.legend(fontsize=7)
-        axes[0][0].set_ylabel("TFLOP/s")
+        axes[0][0].set_ylabel("TFLOP/s" if any(x.tflops for x in lines) else "GB/s")
         figure.suptitle(f"{direction}, {device_name()}")
         figure.savefig(directory / f"{name}-{direction.replace('+', '-')}.png", dpi=120)
         pyplot.close(figure)

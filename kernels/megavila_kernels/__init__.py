@@ -1,4 +1,4 @@
-"""Attention kernels of Megavila: one folder per op, a readable reference beside every fast version."""
+"""Kernels of Megavila: one folder per op, a readable reference beside every fast version."""
 
 from megavila_kernels.interval_attention import IntervalMask, attend, interval_attention
 

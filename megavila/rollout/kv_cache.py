@@ -9,6 +9,9 @@ from torch import Tensor
 
 # Response caches grow by doubling from here: most responses end far before the longest allowed.
 FIRST_CAPACITY = 64
+# Room for a prompt's tokens is a multiple of this: rows of transposed keys then start where a GPU can read 16
+# bytes at once.
+TOKENS_ALIGNED = 16
 
 
 def cache_dtype(tensor: Tensor) -> torch.dtype:
@@ -21,10 +24,9 @@ def cache_dtype(tensor: Tensor) -> torch.dtype:
 
 
 class PromptCache:
-    """Keys (B, kv_heads, d, P) and values (B, kv_heads, P, d) of B prompts, padded to the longest, for each
-    layer.
+    """Keys and values (B, kv_heads, P, d) of B prompts, padded to the longest and a little more, for each layer.
 
-    A group's responses all read the one row of their prompt; nothing is repeated G times. Keys lie
+    A group's responses all read the one row of their prompt; nothing is repeated G times. In memory keys lie
     transposed, as the product with few queries reads them: on a CPU that takes half the time.
     """
 
@@ -35,7 +37,7 @@ class PromptCache:
     def write(self, layer: int, first_prompt: int, lengths: Sequence[int], k: Tensor, v: Tensor) -> None:
         """Stores the packed ``k`` and ``v`` (t, kv_heads, d) of consecutive prompts with these lengths."""
         if layer not in self._layers:
-            prompts, longest = len(self.lengths), int(self.lengths.max())
+            prompts, longest = len(self.lengths), self._room()
             heads, d = k.shape[1:]
             # Zeros: a padded position has weight 0, and 0 times whatever the memory held must stay 0.
             self._layers[layer] = (
@@ -50,18 +52,20 @@ class PromptCache:
             start += length
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys (B, kv_heads, d, P) and values (B, kv_heads, P, d); from a prompt's length on they are
-        padding.
-        """
-        return self._layers[layer]
+        """Keys and values (B, kv_heads, P, d); from a prompt's length on they are zeros."""
+        keys, values = self._layers[layer]
+        return keys.mT, values
 
     def keep(self, prompts: Tensor) -> None:
         """Drops all prompts but these (m,), and the padding that only the dropped ones needed."""
         self.lengths = self.lengths[prompts]
-        longest = int(self.lengths.max())
+        longest = self._room()
         for layer, (keys, values) in self._layers.items():
             index = prompts.to(keys.device)
             self._layers[layer] = (keys[index, :, :, :longest], values[index, :, :longest])
+
+    def _room(self) -> int:
+        return -(-int(self.lengths.max()) // TOKENS_ALIGNED) * TOKENS_ALIGNED
 
 
 class ResponseCache:
