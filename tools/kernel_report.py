@@ -2,14 +2,16 @@
 
 For each kernel, GPU, head dimension, dtype and mode: registers, shared memory, stack, tensor-core instructions
 (HMMA, or HGMMA on sm_90) and asynchronous copies (LDGSTS, or UTMA) in the machine code. A stack means that
-registers spill to memory; one in a shipped half-precision configuration makes the exit code 1. Needs Triton,
-whose wheel brings ptxas and cuobjdump, but neither a GPU nor CUDA.
+registers spill to memory. One in a shipped half-precision configuration makes the exit code 1, and so does a matrix
+product without tensor cores or a pipelined loop without asynchronous copies. Needs Triton, whose wheel brings ptxas
+and cuobjdump, but neither a GPU nor CUDA.
 
     python tools/kernel_report.py            # everything
     python tools/kernel_report.py --quick    # head dimension 128 in bf16 on sm_80 and sm_90
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -17,11 +19,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Compiled results are kept within a run only, and kernels must be compiled, not interpreted.
+# Kernels must be compiled, not interpreted.
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch  # noqa: E402
@@ -29,7 +31,8 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
 from megavila_kernels.interval_attention import triton_backward, triton_forward  # noqa: E402
 from megavila_kernels.interval_attention.triton_backend import PREPARE_ROWS  # noqa: E402
 from megavila_kernels.interval_attention.triton_config import (  # noqa: E402
@@ -40,6 +43,14 @@ from megavila_kernels.interval_attention.triton_config import (  # noqa: E402
 )
 from megavila_kernels.linear_logprob import triton_kernels  # noqa: E402
 from megavila_kernels.linear_logprob.interface import SPLIT, product_config  # noqa: E402
+from megavila_kernels.rotary import triton_kernels as rotary_kernels  # noqa: E402
+from megavila_kernels.rotary.interface import tile as rotary_tile  # noqa: E402
+from megavila_kernels.shared_prefix_decode import triton_kernels as decode_kernels  # noqa: E402
+from megavila_kernels.shared_prefix_decode.triton_config import BLOCK_SLOTS, decode_config  # noqa: E402
+from megavila_kernels.swiglu import triton_kernels as swiglu_kernels  # noqa: E402
+from megavila_kernels.swiglu.interface import BLOCK as SWIGLU_BLOCK  # noqa: E402
+
+from benchmarks.machine import measured  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -191,12 +202,88 @@ def logprob_variants(capabilities: list[int], dtypes: list[torch.dtype]) -> Iter
                 )
 
 
+def decode_variants(
+    capabilities: list[int], head_dims: list[int], dtypes: list[torch.dtype]
+) -> Iterator[Variant]:
+    """Decoding with 28 query on 4 K/V heads: rows' own keys, prompts of 4, 8 and 18 rows, whose keys lie
+    transposed; and the joining of their parts."""
+    spans = {"SPANS": decode_kernels.SPANS, "UNIT": decode_kernels.SPAN_UNIT}
+    rows = dict.fromkeys(("lengths", "first_row", "prompt_of_row"), "i32")
+    rows |= dict.fromkeys(("acc_slots", "top_slots", "total_slots"), "fp32")
+    for capability in capabilities:
+        for d in head_dims:
+            head = spans | {"HEADS": 28, "D": d, "BLOCK_D": padded_head_dim(d)}
+            for dtype in dtypes:
+                pointers = rows | dict.fromkeys(("q", "keys", "values", "out"), TYPE_NAMES[dtype])
+                for width in (1, 4, 8, 18):
+                    config = decode_config(divmod(capability, 10), d, dtype, 7 * width)
+                    constants = head | {
+                        "REPEAT": 7,
+                        "BLOCK_ROWS": config.rows,
+                        "BLOCK_K": config.keys,
+                        "SHARED": width > 1,
+                        "PRECISION": dot_precision(dtype),
+                        # Launching turns a stride of 1 into a constant.
+                        "stride_kt" if width > 1 else "stride_kd": 1,
+                        "stride_vd": 1,
+                    }
+                    yield Variant(
+                        label=f"decode {'prompt' if width > 1 else 'own'} d={d} {TYPE_NAMES[dtype]} "
+                        f"{config.rows}x{config.keys} w{config.num_warps} s{config.num_stages}",
+                        kernel=decode_kernels.partial_kernel,
+                        capability=capability,
+                        constants=constants,
+                        types=argument_types(decode_kernels.partial_kernel, constants, pointers),
+                        num_warps=config.num_warps,
+                        num_stages=config.num_stages,
+                        gated=dtype != torch.float32,
+                    )
+                kernel, constants = (
+                    decode_kernels.merge_kernel,
+                    head | {"KV_HEADS": 4, "BLOCK_SLOTS": BLOCK_SLOTS},
+                )
+                types = argument_types(kernel, constants, pointers)
+                label = f"decode merge d={d} {TYPE_NAMES[dtype]}"
+                yield Variant(label, kernel, capability, constants, types, num_warps=4, num_stages=3)
+
+
+def elementwise_variants(
+    capabilities: list[int], head_dims: list[int], dtypes: list[torch.dtype]
+) -> Iterator[Variant]:
+    """Rotary embeddings of 28 heads, and SwiGLU; with the warps and stages of Triton's defaults, as launched."""
+    for capability in capabilities:
+        for dtype in dtypes:
+            name = TYPE_NAMES[dtype]
+            for d in head_dims:
+                columns, rows = rotary_tile(d)
+                for backward in (False, True):
+                    constants = {
+                        "HEADS": 28,
+                        "HALF": d // 2,
+                        "BLOCK_HALF": columns,
+                        "BLOCK_ROWS": rows,
+                        "BACKWARD": backward,
+                    }
+                    kernel = rotary_kernels.rotate_kernel
+                    pointers = {"x": name, "out": name, "cos": "fp32", "sin": "fp32"}
+                    types = argument_types(kernel, constants, pointers)
+                    label = f"rotary {'backward' if backward else 'forward'} d={d} {name}"
+                    yield Variant(label, kernel, capability, constants, types, num_warps=4, num_stages=3)
+            for kernel in (swiglu_kernels.forward_kernel, swiglu_kernels.backward_kernel):
+                constants = {"BLOCK": SWIGLU_BLOCK}
+                pointers = dict.fromkeys(("gate_up", "out", "dout", "d_gate_up"), name)
+                types = argument_types(kernel, constants, pointers)
+                label = f"swiglu {kernel.__name__} {name}"
+                yield Variant(label, kernel, capability, constants, types, num_warps=4, num_stages=3)
+
+
 def compile_variant(variant: Variant) -> Compiled:
     """Pointers and strides are taken to be multiples of 16, as Triton finds them at launch for usual sizes."""
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(variant.kernel.arg_names)
-        if variant.types[name].startswith("*") or name.startswith("stride")
+        if variant.types[name].startswith("*")
+        or (name.startswith("stride") and name not in variant.constants)
     }
     compiled = triton.compile(
         ASTSource(variant.kernel, variant.types, variant.constants, attributes),
@@ -223,23 +310,48 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([str(CUOBJDUMP), option, path], capture_output=True, text=True, check=True).stdout
 
 
-def report(variants: list[Variant]) -> int:
-    """Prints a line a variant; the number of gated ones with a stack."""
+def problem(variant: Variant, result: Compiled) -> str:
+    """What a shipped half-precision configuration must not have, or nothing."""
+    if result.stack:
+        return "SPILLS" if variant.gated else "spills, not gated"
+    if not variant.gated or variant.constants.get("PRECISION") != "tf32":
+        return ""
+    found = result.instructions
+    if not found["HMMA"] + found["HGMMA"]:
+        return "NO TENSOR CORES"
+    if variant.num_stages > 1 and not found["LDGSTS"] + found["UTMA"]:
+        return "NO ASYNCHRONOUS COPIES"
+    return ""
+
+
+def report(variants: list[Variant], out: Path | None = None) -> int:
+    """Prints a line a variant, and writes them to `out`; the number of gated ones with a problem."""
     print(f"Triton {triton.__version__}")
     print(f"{'sm':>2} {'reg':>4} {'stack':>5} {'shared':>7}  {'instructions':<28} kernel")
-    spilled = 0
+    problems = 0
+    lines = []
     for variant in variants:
         began = time.monotonic()
         result = compile_variant(variant)
         used = " ".join(f"{name} {count}" for name, count in result.instructions.items() if count)
+        wrong = problem(variant, result)
         print(
             f"{variant.capability:>2} {result.registers:>4} {result.stack:>5} {result.shared_bytes:>7}  "
             f"{used or '-':<28} {variant.label} ({time.monotonic() - began:.0f} s)"
-            + ("" if not result.stack else "  SPILLS" if variant.gated else "  spills, not gated"),
+            + (f"  {wrong}" if wrong else ""),
             flush=True,
         )
-        spilled += variant.gated and result.stack > 0
-    return spilled
+        problems += variant.gated and bool(wrong)
+        lines.append(
+            {"sm": variant.capability, "kernel": variant.label, "gated": variant.gated, **asdict(result)}
+        )
+    if out is not None:
+        head = measured(f"python tools/kernel_report.py {' '.join(sys.argv[1:])}".rstrip())
+        head |= {"triton": triton.__version__, "gpu": "none: compiled only, GPU speed not yet measured"}
+        rows = ",\n".join("  " + json.dumps(line) for line in lines)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(f'{{\n "measured": {json.dumps(head)},\n "configurations": [\n{rows}\n ]\n}}\n')
+    return problems
 
 
 def main() -> None:
@@ -249,6 +361,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="head dimension 128 in bf16 on sm_80 and sm_90")
     parser.add_argument(
         "--only", default="", help="compile only variants whose sm and label match this regex"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="file of results to write (JSON)")
+    parser.add_argument(
+        "--cache", default=None, help="folder in which compiled kernels are kept for another run"
     )
     arguments = parser.parse_args()
     half, full = [torch.bfloat16], [torch.float32]
@@ -260,16 +376,18 @@ def main() -> None:
             *attention_variants([80], [64, 128, 256], full, [True]),
             *prepare_variants([80, 90], [64, 128, 256], half),
             *logprob_variants([80, 90], [*half, *full]),
+            *decode_variants([80, 90, 86], [64, 128, 256], half),
+            *decode_variants([80], [64, 128, 256], full),
+            *elementwise_variants([80, 90], [64, 128, 256], [*half, *full]),
         ]
     variants = [x for x in variants if re.search(arguments.only, f"sm{x.capability} {x.label}")]
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        spilled = report(variants)
-    if spilled:
-        sys.exit(f"{spilled} of {sum(x.gated for x in variants)} gated configurations spill registers")
-    print(
-        f"none of {sum(x.gated for x in variants)} gated configurations (of {len(variants)}) spills registers"
-    )
+        os.environ["TRITON_CACHE_DIR"] = arguments.cache or cache
+        problems = report(variants, arguments.out)
+    gated = sum(x.gated for x in variants)
+    if problems:
+        sys.exit(f"{problems} of {gated} gated configurations have a problem")
+    print(f"none of {gated} gated configurations (of {len(variants)}) has a problem")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ height, width) ids.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import torch
+from megavila_kernels.rotary import rotate
 
 from megavila.runtime.errors import MegavilaError
 
@@ -28,7 +28,7 @@ class MropeLayout(StrEnum):
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """cos and sin of every token's angles, (tokens, 1, head_dim / 2), fp32; computed once for all layers."""
+    """cos and sin of every token's angles, (tokens, head_dim / 2), fp32; computed once for all layers."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -76,8 +76,9 @@ class RotaryEmbedding:
                 "set language.mrope_section or pass (tokens,) ids"
             )
         else:
-            angles = positions[self._axis.to(position_ids.device)].transpose(0, 1) * frequencies
-        return RotaryTable(cos=angles.cos().unsqueeze(1), sin=angles.sin().unsqueeze(1))
+            # Contiguous, so that no layer has to copy the table.
+            angles = positions[self._axis.to(position_ids.device)].t().contiguous() * frequencies
+        return RotaryTable(cos=angles.cos(), sin=angles.sin())
 
 
 def _axis_of_frequency(count: int, section: Sequence[int], layout: MropeLayout) -> torch.Tensor:
@@ -94,34 +95,6 @@ def _axis_of_frequency(count: int, section: Sequence[int], layout: MropeLayout) 
     return axis
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotates pairs (x_i, x_{i + d/2}); the backward turns by the opposite angle and needs no activation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin), None, None
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    # bf16 rows are turned in fp32 and rounded once: a rounded cosine would shift far positions visibly.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    first, second = x[..., :half].to(dtype), x[..., half:].to(dtype)
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
-    return out.to(x.dtype)
-
-
 def apply_rotary(x: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     """Turns queries or keys (tokens, heads, head_dim) by their tokens' angles."""
-    if torch.is_grad_enabled():
-        return _Rotate.apply(x, table.cos, table.sin)  # type: ignore[return-value]
-    return _rotate(x, table.cos, table.sin)
+    return rotate(x, table.cos, table.sin)
