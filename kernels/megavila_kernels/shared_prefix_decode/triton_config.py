@@ -33,4 +33,5 @@ def decode_config(capability: tuple[int, int], d: int, dtype: torch.dtype, rows:
     small = gpu_class(capability) == "small"
     rows = min(wanted, 64 if columns == 256 or small else 128)
     keys = {64: 128, 128: 64, 256: 32}[columns]
-    return DecodeConfig(rows, keys, 8 if rows >= 64 else 4, 2 if small or columns == 256 else 3)
+    warps = 8 if rows >= 64 or rows * columns >= 32 * 256 else 4
+    return DecodeConfig(rows, keys, warps, 2 if small or columns == 256 else 3)
