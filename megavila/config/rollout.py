@@ -24,6 +24,13 @@ class RolloutConfig(Section):
         "Most tokens whose keys and values our own decoder holds at once; prompts beyond that wait for the next batch.",
     )
     kv_cache_gib: float = knob(4.0, "Memory for vLLM's keys and values on each rank, in GiB.")
+    timeout_seconds: float | None = knob(
+        600.0, "vLLM has failed when it computes nothing for so many seconds; null: it may take its time."
+    )
+    retries: int = knob(
+        2,
+        "How often prompts are sampled again that vLLM left without responses when it failed; what it had finished is kept.",
+    )
     max_logprob_diff: float | None = knob(
         None,
         "Stop the run where a sampled token's log-prob differs by more than this between engine and trainer, which "
@@ -39,8 +46,8 @@ class RolloutConfig(Section):
 
     def validate(self) -> None:
         self.require_at_least(1, "group_size", "max_response_tokens", "max_batch_tokens", "importance_cap")
-        self.require_at_least(0, "temperature", "top_k")
-        self.require_positive("kv_cache_gib", "max_logprob_diff")
+        self.require_at_least(0, "temperature", "top_k", "retries")
+        self.require_positive("kv_cache_gib", "max_logprob_diff", "timeout_seconds")
         require(
             self.engine != "vllm" or (self.top_p == 1 and self.top_k == 0),
             f"top_p is {self.top_p} and top_k is {self.top_k}: vLLM's log-probs are then those of the truncated "

@@ -82,6 +82,7 @@ def describe_engine(counts: RolloutCounts, topology: Topology, tally: Tally) -> 
     for share in gather_objects(counts, topology.context_group):
         tally.total("rollout/prefill_tokens", share.prefill_tokens)
         tally.total("rollout/prefix_tokens_reused", share.reused_prompt_tokens)
+        tally.total("rollout/engine_failures", share.failures)
 
 
 def check_agreement(difference: float, limit: float | None, engine: str, step: int) -> None:

@@ -44,5 +44,7 @@ def run_grpo(
             max_tokens=budget,
             max_batch_tokens=rollout.max_batch_tokens,
             kv_cache_gib=rollout.kv_cache_gib,
+            timeout_seconds=rollout.timeout_seconds,
+            retries=rollout.retries,
         ) as engine:
             return run(session, GrpoTrainer(session, engine, scorer), evaluate or evaluate_session)

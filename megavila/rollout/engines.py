@@ -22,6 +22,8 @@ def open_engine(
     max_tokens: int,
     max_batch_tokens: int,
     kv_cache_gib: float,
+    timeout_seconds: float | None = 600.0,
+    retries: int = 2,
 ) -> Iterator[RolloutEngine]:
     """Yield the engine called ``name``, "megatron" or "vllm", and close it in the end.
 
@@ -29,6 +31,8 @@ def open_engine(
         max_tokens: longest prompt and response together (vllm).
         max_batch_tokens: most tokens whose keys and values are held at once (megatron).
         kv_cache_gib: memory for keys and values on each rank (vllm).
+        timeout_seconds: an engine that computes nothing for so long has failed; None: it may (vllm).
+        retries: how often prompts that a failure left without responses are tried again (vllm).
 
     Raises:
         MegavilaError: vLLM is not installed, or cannot run this model.
@@ -37,7 +41,15 @@ def open_engine(
     if name == "vllm":
         from megavila.rollout.vllm import VllmEngine
 
-        engine = VllmEngine(model, tokenizer, topology, max_tokens=max_tokens, kv_cache_gib=kv_cache_gib)
+        engine = VllmEngine(
+            model,
+            tokenizer,
+            topology,
+            max_tokens=max_tokens,
+            kv_cache_gib=kv_cache_gib,
+            timeout_seconds=timeout_seconds,
+            retries=retries,
+        )
     else:
         engine = MegatronEngine(model, tokenizer, topology, max_batch_tokens=max_batch_tokens)
     with closing(engine):

@@ -71,6 +71,12 @@ class WeightProbe:
             )
         return difference
 
+    def same(self, answer: Response, before: Response) -> bool:
+        """Whether an engine with the weights that it had before still gives its answer."""
+        if not torch.equal(answer.token_ids, before.token_ids):
+            return False
+        return float((answer.logprobs - before.logprobs).abs().max()) <= LIMITS[self._model.dtype]
+
     @torch.no_grad()
     def _trainer_logprobs(self, token_ids: Tensor) -> Tensor:
         layout = build_layout([Group(self.prompt, (token_ids,))])

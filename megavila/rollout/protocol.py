@@ -98,6 +98,8 @@ class RolloutCounts:
     """Prompt tokens that one prefill per response would have computed and sharing the prompt did not."""
     decode_tokens: int = 0
     """Response tokens that went through the model."""
+    failures: int = 0
+    """How often the engine failed and recovered."""
 
 
 class RolloutEngine(Protocol):

@@ -8,12 +8,9 @@ and the other G - 1 responses find it in the prefix cache. See docs.vllm.ai, "Pr
 from __future__ import annotations
 
 import gc
-import json
 import math
-import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -23,8 +20,6 @@ from torch.distributed import ProcessGroup
 from megavila.data.prompt import Prompt
 from megavila.data.tokenizer import Tokenizer
 from megavila.models import VisionLanguageModel
-from megavila.models.convert import copy_tokenizer
-from megavila.models.families import get_family
 from megavila.rollout.probe import WeightProbe
 from megavila.rollout.protocol import (
     Response,
@@ -33,11 +28,19 @@ from megavila.rollout.protocol import (
     SamplingParams,
     check_request,
 )
+from megavila.rollout.recovery import EngineFailed, sample_all
 from megavila.rollout.sharing import gather_shares, own_share
 from megavila.rollout.stopping import StopChecker
-from megavila.rollout.vllm_process import check_alone, import_vllm, shut_down, unchanged_process_state
+from megavila.rollout.vllm_limits import check_model, check_prompts, check_sampling
+from megavila.rollout.vllm_process import (
+    check_alone,
+    finished_requests,
+    import_vllm,
+    shut_down,
+    start_vllm,
+    unchanged_process_state,
+)
 from megavila.rollout.weights import (
-    LANGUAGE_PART,
     WeightTransferError,
     checked_weights,
     language_weights,
@@ -45,15 +48,13 @@ from megavila.rollout.weights import (
 )
 from megavila.runtime.collectives import gather_objects
 from megavila.runtime.errors import MegavilaError
+from megavila.runtime.logging import get_logger
 from megavila.runtime.seeds import derive_seed
 from megavila.runtime.topology import Topology
 
-GIB = 2**30
+_log = get_logger(__name__)
 
-# vLLM's block size on a CPU is 128 by default; only whole blocks of a prompt are shared.
-_BLOCK_TOKENS_ON_CPU = 32
 _BROKEN = "lost its weights in a transfer that broke off; start the run again from its last checkpoint"
-_HEAD_DIMS_ON_CPU = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
 class VllmEngine:
@@ -71,6 +72,9 @@ class VllmEngine:
         topology: supplies the tensor-parallel group.
         max_tokens: longest prompt and response together.
         kv_cache_gib: memory for keys and values on this rank, which must hold at least ``max_tokens``.
+        timeout_seconds: an engine that computes nothing for so long has failed; None: it may.
+        retries: how often prompts without responses are tried again after a failure, see `sample_all`. With tensor
+            parallelism there is neither: ranks that work in step cannot give up on their own.
 
     Raises:
         MegavilaError: vLLM is not installed, or cannot run this model.
@@ -84,25 +88,32 @@ class VllmEngine:
         *,
         max_tokens: int,
         kv_cache_gib: float = 4.0,
+        timeout_seconds: float | None = None,
+        retries: int = 2,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.topology = topology
         self.weight_version = 0
         """How often the weights were handed over."""
+        self.restarts = 0
+        """How often vLLM was started again after it had died."""
         self._device = model.language.output_weight().device
         self._max_tokens = min(max_tokens, model.language.config.max_position_embeddings)
-        _check_model(model, self._device)
+        check_model(model, self._device)
         self._manifest = weight_manifest(model)
         self._probe = WeightProbe(model, self._max_tokens)
         self._vllm = import_vllm(self._device)
         check_alone()
         self._can_stop_at_text = _has_files(tokenizer)
-        with unchanged_process_state():
-            self._llm: Any = self._start(kv_cache_gib)
+        self._kv_cache_gib = kv_cache_gib
+        alone = topology.tensor == 1
+        self._timeout, self._retries = (timeout_seconds, retries) if alone else (None, 0)
+        self._llm: Any = self._start()
         self._unusable: str | None = "has no weights yet; call update_weights before generate"
+        self._counts = RolloutCounts()
         self._counted = self._read_counters()
-        self._decoded = 0
+        self._answer: Response | None = None  # to the probe, since the last transfer
 
     def generate(
         self,
@@ -113,10 +124,17 @@ class VllmEngine:
     ) -> list[tuple[Response, ...]]:
         """``params.group_size`` responses for each prompt; see `RolloutEngine.generate`.
 
-        A response has at most as many tokens as the engine's ``max_tokens`` leaves after its prompt.
+        A response has at most as many tokens as the engine's ``max_tokens`` leaves after its prompt. Groups that were
+        finished when vLLM failed are kept; the others are sampled again, with their seeds and so with the same result.
+
+        Raises:
+            EngineFailed: vLLM failed more than ``retries`` times, or cannot be started again.
         """
         check_request(prompts, media_rows, seeds)
-        self._check(prompts, params)
+        if self._unusable is not None:
+            raise EngineFailed(f"the vLLM engine {self._unusable}")
+        check_sampling(params, self._can_stop_at_text)
+        check_prompts(prompts, self._max_tokens)
         own = own_share(prompts, self.topology)
         groups = self._sample(
             [prompts[i] for i in own], [media_rows[i] for i in own], params, [seeds[i] for i in own]
@@ -124,42 +142,52 @@ class VllmEngine:
         # Tensor-parallel ranks each ran the scheduler: a difference would train them on different tokens.
         self._check_agreement(groups, self.topology.tensor_group)
         computed = 1 if params.temperature == 0 else params.group_size
-        self._decoded += sum(len(response.token_ids) - 1 for group in groups for response in group[:computed])
+        self._counts.decode_tokens += sum(
+            len(response.token_ids) - 1 for group in groups for response in group[:computed]
+        )
         return gather_shares(dict(zip(own, groups, strict=True)), self.topology)
 
-    @torch.no_grad()
     def update_weights(self) -> None:
         """Stream the trainer's weights into vLLM, forget what was computed with the old ones, and check it.
 
         Raises:
             WeightTransferError: a weight did not come, or the engine computes something else than the trainer.
                 The engine then generates no more.
+            EngineFailed: vLLM has died and cannot be started again.
         """
         if self._unusable == _BROKEN:
             raise WeightTransferError(f"the vLLM engine {_BROKEN}")
+        try:
+            self._transfer()
+            return
+        except MegavilaError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        self._counts.failures += 1
+        self._restart(reason)  # out of the exception's reach, which keeps the dead engine's memory
+
+    @torch.no_grad()
+    def _transfer(self) -> None:
         self._unusable = _BROKEN
         stream = checked_weights(language_weights(self.model), self._manifest)
         # One parameter at a time, in checkpoint format: vLLM cuts, fuses and repacks it as when it loads a file.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
         self._unusable = "failed the check of its weights; call update_weights again"
+        self._count()
         self._forget()
         self.weight_version += 1
-        probe = self._probe
-        answer = self._sample([probe.prompt], [None], probe.params, [probe.seed])
-        self._check_agreement(answer, self.topology.mrsp_group)  # who score it together
-        probe.check(answer[0][0], self.weight_version)
+        answer = self._ask_probe()
+        self._check_agreement([(answer,)], self.topology.mrsp_group)  # who score it together
+        self._probe.check(answer, self.weight_version)
+        self._answer = answer
         self._counted = self._read_counters()  # what the probe cost is not a rollout's
         self._unusable = None
 
     def take_counts(self) -> RolloutCounts:
         """The work since the last call, for the step's metrics: prompt tokens by vLLM's own cache counters."""
-        queries, hits = self._read_counters()
-        counts = RolloutCounts(
-            prefill_tokens=queries - hits - (self._counted[0] - self._counted[1]),
-            reused_prompt_tokens=hits - self._counted[1],
-            decode_tokens=self._decoded,
-        )
-        self._counted, self._decoded = (queries, hits), 0
+        self._count()
+        counts, self._counts = self._counts, RolloutCounts()
         return counts
 
     def close(self) -> None:
@@ -167,9 +195,7 @@ class VllmEngine:
         if self._llm is None:
             return
         self._unusable = "is closed"
-        shut_down(self._llm.llm_engine.engine_core)
-        self._llm = None
-        gc.collect()
+        self._leave()
 
     def __enter__(self) -> VllmEngine:
         return self
@@ -177,83 +203,77 @@ class VllmEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, kv_cache_gib: float) -> Any:
-        on_cpu = self._device.type == "cpu"
-        config = self.model.config
-        # Weights arrive with an output layer of their own, see `language_weights`.
-        config = replace(config, language=replace(self.model.language.config, tie_word_embeddings=False))
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        files = get_family(config.family).write_config(config, dtype)
-        with tempfile.TemporaryDirectory() as directory:
-            (Path(directory) / "config.json").write_text(json.dumps(files[f"{LANGUAGE_PART}/config.json"]))
-            try:
-                return self._vllm.LLM(
-                    model=directory,
-                    tokenizer=self._copy_tokenizer(Path(directory)) if self._can_stop_at_text else None,
-                    skip_tokenizer_init=not self._can_stop_at_text,
-                    load_format="dummy",  # the trainer's weights come by `update_weights`
-                    generation_config="vllm",
-                    enable_prompt_embeds=True,
-                    enable_prefix_caching=True,
-                    logprobs_mode="processed_logprobs",  # after temperature; the default is before
-                    disable_log_stats=False,  # they hold the cache counters
-                    dtype=dtype,
-                    max_model_len=self._max_tokens,
-                    kv_cache_memory_bytes=int(kv_cache_gib * GIB),
-                    tensor_parallel_size=self.topology.tensor,
-                    # Where torchrun started several ranks, each builds an engine and vLLM's groups follow theirs.
-                    distributed_executor_backend="external_launcher"
-                    if self.topology.world_size > 1
-                    else "uni",
-                    enforce_eager=on_cpu,
-                    **({"block_size": _BLOCK_TOKENS_ON_CPU} if on_cpu else {}),
-                )
-            except ValueError as error:  # vLLM's own check of its settings, pydantic's among them
-                raise MegavilaError(
-                    f"vLLM cannot run this model with {self._max_tokens} tokens of context and "
-                    f"rollout.kv_cache_gib {kv_cache_gib}: {error}"
-                ) from error
+    def _start(self) -> Any:
+        with unchanged_process_state():
+            return start_vllm(
+                self._vllm,
+                self.model,
+                self.topology,
+                self.tokenizer.directory if self._can_stop_at_text else None,
+                self._max_tokens,
+                self._kv_cache_gib,
+            )
 
-    def _copy_tokenizer(self, directory: Path) -> str:
-        """The tokenizer in a folder of its own: beside a config.json of type qwen2, transformers would decode with
-        Qwen2's bytes whatever the file says. vLLM wants some config.json there; a tower's names no tokenizer.
+    def _recover(self) -> None:
+        """After a failure: the engine as it is if it still answers the probe as before, else a new one.
+
+        Raises EngineFailed.
         """
-        folder = directory / "tokenizer"
-        folder.mkdir()
-        assert self.tokenizer.directory is not None
-        copy_tokenizer(self.tokenizer.directory, folder)
-        (folder / "config.json").write_text('{"model_type": "siglip_vision_model"}')
-        return str(folder)
-
-    def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        if self._unusable is not None:
-            raise RolloutError(f"the vLLM engine {self._unusable}")
-        if params.temperature > 0 and (params.top_p < 1 or params.top_k > 0):
-            # vLLM renormalises over the tokens that are left, and does not tell what it left out.
-            raise RolloutError(
-                f"top_p is {params.top_p} and top_k is {params.top_k}: vLLM's log-probs are then those of the "
-                "truncated distribution, which a trainer cannot compare with its own; use top_p=1 top_k=0 or "
-                "engine=megatron"
+        self._count()
+        self._counts.failures += 1
+        if self.topology.tensor > 1:
+            self._unusable = _BROKEN
+            raise EngineFailed(
+                f"vLLM failed on {self.topology.tensor} tensor-parallel ranks, which cannot recover on their own; start "
+                "the run again from its last checkpoint"
             )
-        if params.stop and not self._can_stop_at_text:
-            raise RolloutError(
-                f"stop is {list(params.stop)}, but vLLM can find text only with a tokenizer in Hugging Face's "
-                "layout (tokenizer.json); use one, or engine=megatron"
-            )
-        for prompt in prompts:
-            if prompt.position_ids.dim() != 1:
-                raise RolloutError(
-                    f"prompt {prompt.row.problem_id} has positions on 3 axes, which vLLM does not take with "
-                    "embeddings; use engine=megatron"
-                )
-            if len(prompt.token_ids) >= self._max_tokens:
-                raise RolloutError(
-                    f"prompt {prompt.row.problem_id} has {len(prompt.token_ids)} tokens, which leaves no room for a "
-                    f"response in the engine's {self._max_tokens}; show fewer frames or raise the limit "
-                    "(grpo.max_tokens_per_microbatch, the model's max_position_embeddings)"
-                )
+        reason = self._illness()
+        if reason is None:
+            self._counted = self._read_counters()
+        else:
+            self._restart(reason)
 
-    @torch.no_grad()
+    def _illness(self) -> str | None:
+        """Why the engine cannot go on, or None."""
+        assert self._answer is not None  # nothing is sampled before a transfer
+        try:
+            self._forget()  # blocks of a step that broke off may be marked as computed
+            answer = self._ask_probe()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None if self._probe.same(answer, self._answer) else "it answers otherwise than before"
+
+    def _restart(self, reason: str) -> None:
+        """A new vLLM with the trainer's weights in place of a dead one. Raises EngineFailed."""
+        self._unusable = _BROKEN
+        if self.topology.world_size > 1:
+            raise EngineFailed(
+                f"vLLM has died ({reason}); in one of {self.topology.world_size} processes it cannot be started again, "
+                "because its process groups are built by all of them together; start the run again from its last "
+                "checkpoint"
+            )
+        _log.warning("vLLM has died (%s) and is started again", reason)
+        self._leave()
+        try:
+            self._llm = self._start()
+            self._counted = self._read_counters()
+            self._transfer()
+        except MegavilaError:
+            raise
+        except Exception as error:
+            raise EngineFailed(f"vLLM has died ({reason}) and could not be started again: {error}") from error
+        self.restarts += 1
+
+    def _leave(self) -> None:
+        shut_down(self._llm.llm_engine.engine_core)
+        self._llm = None
+        gc.collect()
+
+    def _ask_probe(self) -> Response:
+        probe = self._probe
+        ((_, group),) = self._attempt([probe.prompt], [None], probe.params, [probe.seed])
+        return group[0]
+
     def _sample(
         self,
         prompts: Sequence[Prompt],
@@ -261,22 +281,36 @@ class VllmEngine:
         params: SamplingParams,
         seeds: Sequence[int],
     ) -> list[tuple[Response, ...]]:
-        if not prompts:
-            return []
+        def sample(own: Sequence[int]) -> Iterator[tuple[int, tuple[Response, ...]]]:
+            for place, group in self._attempt(
+                [prompts[i] for i in own], [media_rows[i] for i in own], params, [seeds[i] for i in own]
+            ):
+                yield own[place], group
+
+        names = [prompt.row.problem_id for prompt in prompts]
+        return sample_all(names, sample, self._recover, retries=self._retries)
+
+    def _attempt(
+        self,
+        prompts: Sequence[Prompt],
+        media_rows: Sequence[Tensor | None],
+        params: SamplingParams,
+        seeds: Sequence[int],
+    ) -> Iterator[tuple[int, tuple[Response, ...]]]:
+        """(place of a prompt, its group) as they are finished. Whatever vLLM raises comes through."""
         embeddings = [
             {"prompt_embeds": self._embed(prompt, rows)}
             for prompt, rows in zip(prompts, media_rows, strict=True)
         ]
         requests = [self._request(prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        outputs = self._llm.generate(embeddings, requests, use_tqdm=False)
         stop = StopChecker(self.tokenizer, params.stop)
-        groups = []
-        for output in outputs:
-            group = [self._response(completion, stop) for completion in output.outputs]
-            # vLLM takes no n > 1 with temperature 0, whose responses are all the same.
-            groups.append(tuple(group * params.group_size if params.temperature == 0 else group))
-        return groups
+        with closing(finished_requests(self._llm, embeddings, requests, self._timeout)) as outputs:
+            for place, output in outputs:
+                group = [self._response(completion, stop) for completion in output.outputs]
+                # vLLM takes no n > 1 with temperature 0, whose responses are all the same.
+                yield place, tuple(group * params.group_size if params.temperature == 0 else group)
 
+    @torch.no_grad()
     def _embed(self, prompt: Prompt, rows: Tensor | None) -> Tensor:
         """(P, hidden) on the CPU, from where vLLM takes them."""
         device = self._device
@@ -303,7 +337,7 @@ class VllmEngine:
         ids = list(completion.token_ids)
         logprobs = [found[token].logprob for token, found in zip(ids, completion.logprobs, strict=True)]
         if completion.finish_reason not in ("stop", "length"):
-            raise RolloutError(
+            raise RuntimeError(  # the request died, not what it asked for
                 f"vLLM ended a response with {completion.finish_reason!r} after {len(ids)} tokens"
             )
         if not all(math.isfinite(logprob) for logprob in logprobs):
@@ -329,34 +363,17 @@ class VllmEngine:
             raise RolloutError("vLLM could not reset its prefix cache: requests are still running")
         self._llm.llm_engine.reset_encoder_cache()
 
+    def _count(self) -> None:
+        """Add what vLLM did since its counters were last read."""
+        queries, hits = self._read_counters()
+        self._counts.reused_prompt_tokens += hits - self._counted[1]
+        self._counts.prefill_tokens += queries - hits - (self._counted[0] - self._counted[1])
+        self._counted = queries, hits
+
     def _read_counters(self) -> tuple[int, int]:
         """Prompt tokens looked up in the prefix cache, and found there, since the engine started."""
         values = {metric.name: getattr(metric, "value", 0) for metric in self._llm.get_metrics()}
         return int(values["vllm:prefix_cache_queries"]), int(values["vllm:prefix_cache_hits"])
-
-
-def _check_model(model: VisionLanguageModel, device: torch.device) -> None:
-    """Raises RolloutError for what vLLM would get wrong, or dies of at its first step."""
-    config = model.language.config
-    if config.mrope_section is not None:
-        raise RolloutError(
-            "the model has 3-D rotary embeddings, which vLLM silently replaces by 1-D ones for prompts given as "
-            "embeddings; use rollout.engine=megatron"
-        )
-    if config.qkv_bias and config.head_dim * config.num_heads != config.hidden_size:
-        raise RolloutError(
-            f"head_dim {config.head_dim} x num_heads {config.num_heads} is not hidden_size {config.hidden_size}: vLLM's "
-            "Qwen2 has no head_dim of its own; use rollout.engine=megatron"
-        )
-    if device.type == "cpu" and config.head_dim not in _HEAD_DIMS_ON_CPU:
-        raise RolloutError(
-            f"head_dim is {config.head_dim}, vLLM's attention on a CPU needs one of {list(_HEAD_DIMS_ON_CPU)}; "
-            "use rollout.engine=megatron"
-        )
-    if model.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise RolloutError(
-            f"the model's type is {model.dtype}, vLLM runs float32, bfloat16 and float16; set model.dtype"
-        )
 
 
 def _has_files(tokenizer: Tokenizer) -> bool:

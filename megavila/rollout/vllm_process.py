@@ -1,20 +1,38 @@
-"""vLLM as a guest in the trainer's process: how it is imported, what it must not change, how it leaves."""
+"""vLLM as a guest in the trainer's process: how it starts, runs requests and leaves, and what it must not change."""
 
 from __future__ import annotations
 
 import gc
 import importlib
+import json
 import os
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from megavila.models import VisionLanguageModel
+from megavila.models.convert import copy_tokenizer
+from megavila.models.families import get_family
 from megavila.rollout.protocol import RolloutError
+from megavila.rollout.weights import LANGUAGE_PART
 from megavila.runtime.errors import MegavilaError
+from megavila.runtime.logging import get_logger
 from megavila.runtime.seeds import load_rng_state, rng_state
+from megavila.runtime.topology import Topology
+
+GIB = 2**30
+
+# vLLM's block size on a CPU is 128 by default; only whole blocks of a prompt are shared.
+_BLOCK_TOKENS_ON_CPU = 32
+
+_log = get_logger(__name__)
 
 # vLLM reads these from the environment alone, and its engine must see them before it is built.
 _ENVIRONMENT = {
@@ -60,6 +78,134 @@ def check_alone() -> None:
         )
 
 
+def start_vllm(
+    vllm: ModuleType,
+    model: VisionLanguageModel,
+    topology: Topology,
+    tokenizer: Path | None,
+    max_tokens: int,
+    kv_cache_gib: float,
+) -> Any:
+    """A `vllm.LLM` of the model's decoder in this process, which has no weights yet.
+
+    Args:
+        tokenizer: directory of the tokenizer that stop strings are found with; None: none are.
+        max_tokens: longest prompt and response together.
+        kv_cache_gib: memory for keys and values.
+
+    Raises:
+        MegavilaError: vLLM refuses these settings.
+    """
+    device = model.language.output_weight().device
+    # Weights arrive with an output layer of their own, see `language_weights`.
+    config = replace(model.config, language=replace(model.language.config, tie_word_embeddings=False))
+    dtype = str(model.dtype).removeprefix("torch.")
+    files = get_family(config.family).write_config(config, dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(files[f"{LANGUAGE_PART}/config.json"]))
+        try:
+            return vllm.LLM(
+                model=directory,
+                tokenizer=None if tokenizer is None else _copy_tokenizer(tokenizer, Path(directory)),
+                skip_tokenizer_init=tokenizer is None,
+                load_format="dummy",  # the trainer's weights come by `update_weights`
+                generation_config="vllm",
+                enable_prompt_embeds=True,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",  # after temperature; the default is before
+                disable_log_stats=False,  # they hold the cache counters
+                dtype=dtype,
+                max_model_len=max_tokens,
+                kv_cache_memory_bytes=int(kv_cache_gib * GIB),
+                tensor_parallel_size=topology.tensor,
+                # Where torchrun started several ranks, each builds an engine and vLLM's groups follow theirs.
+                distributed_executor_backend="external_launcher" if topology.world_size > 1 else "uni",
+                enforce_eager=device.type == "cpu",
+                **({"block_size": _BLOCK_TOKENS_ON_CPU} if device.type == "cpu" else {}),
+            )
+        except ValueError as error:  # vLLM's own check of its settings, pydantic's among them
+            raise MegavilaError(
+                f"vLLM cannot run this model with {max_tokens} tokens of context and "
+                f"rollout.kv_cache_gib {kv_cache_gib}: {error}"
+            ) from error
+
+
+def _copy_tokenizer(tokenizer: Path, directory: Path) -> str:
+    """The tokenizer in a folder of its own: beside a config.json of type qwen2, transformers would decode with
+    Qwen2's bytes whatever the file says. vLLM wants some config.json there; a tower's names no tokenizer.
+    """
+    folder = directory / "tokenizer"
+    folder.mkdir()
+    copy_tokenizer(tokenizer, folder)
+    (folder / "config.json").write_text('{"model_type": "siglip_vision_model"}')
+    return str(folder)
+
+
+def finished_requests(
+    llm: Any, inputs: Sequence[Any], params: Sequence[Any], timeout_seconds: float | None
+) -> Iterator[tuple[int, Any]]:
+    """(place, finished output) of requests, in the order in which they finish.
+
+    Nothing of them is left in the engine when the iterator is closed, or ends with an exception.
+
+    Raises:
+        TimeoutError: the engine was stepped for so long and computed nothing.
+        Exception: whatever vLLM raises.
+    """
+    engine = llm.llm_engine
+    try:
+        # Inside of vLLM a request's name has a random tail, which outputs do not have.
+        names = [name.rsplit("-", 1)[0] for name in llm.enqueue(inputs, params, use_tqdm=False)]
+        places = {name: place for place, name in enumerate(names)}
+        watch = _Watch(llm, timeout_seconds)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    yield places[output.request_id], output
+            watch.check()
+    finally:
+        if left := list(engine.output_processor.request_states):
+            try:
+                engine.abort_request(left, internal=True)
+            except Exception as error:  # of a dead engine; what led here tells more
+                _log.debug("vLLM could not drop %d requests: %s", len(left), error)
+
+
+class _Watch:
+    """Looks at vLLM's own counters now and then, and raises where they stand still."""
+
+    # Any of them changes when a prompt is read (by pieces, if it is long) or a token is sampled.
+    _NAMES = (
+        "vllm:generation_tokens",
+        "vllm:prompt_tokens",
+        "vllm:prefix_cache_queries",
+        "vllm:kv_cache_usage_perc",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+    )
+
+    def __init__(self, llm: Any, timeout_seconds: float | None) -> None:
+        self._llm, self._timeout = llm, timeout_seconds
+        self._changed = self._looked = time.monotonic()
+        self._values: list[float] = []
+
+    def check(self) -> None:
+        """Raises TimeoutError after so many seconds without progress."""
+        now = time.monotonic()
+        if self._timeout is None or now - self._looked < self._timeout / 4:
+            return
+        self._looked = now
+        values = [
+            getattr(metric, "value", 0.0) for metric in self._llm.get_metrics() if metric.name in self._NAMES
+        ]
+        if values != self._values:
+            self._values, self._changed = values, now
+        elif now - self._changed > self._timeout:
+            raise TimeoutError(
+                f"vLLM computed nothing for {now - self._changed:.1f} s, rollout.timeout_seconds is {self._timeout:g}"
+            )
+
+
 @contextmanager
 def unchanged_process_state() -> Iterator[None]:
     """vLLM takes itself for the process's owner: it seeds all generators and disables torch.set_num_threads."""
@@ -75,14 +221,23 @@ def unchanged_process_state() -> Iterator[None]:
 
 
 def shut_down(client: Any) -> None:
-    """What vLLM's own shutdown does, except that it would leave the trainer's process groups as well."""
+    """What vLLM's own shutdown does, except that it would leave the trainer's process groups as well.
+
+    Of a dead engine it closes what can still be closed.
+    """
     from vllm.distributed import parallel_state  # pyright: ignore[reportMissingImports]
 
     client._finalizer.detach()  # else vLLM's own runs when the engine is collected
     core = client.engine_core
-    core.structured_output_manager.clear_backend()
-    core.model_executor.shutdown()
-    core.scheduler.shutdown()
+    for step in (
+        core.structured_output_manager.clear_backend,
+        core.model_executor.shutdown,
+        core.scheduler.shutdown,
+    ):
+        try:
+            step()
+        except Exception as error:
+            _log.warning("closing vLLM: %s failed: %s: %s", step.__qualname__, type(error).__name__, error)
     gc.unfreeze()
     parallel_state.destroy_model_parallel()
     if parallel_state._WORLD is not None:

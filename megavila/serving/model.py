@@ -14,6 +14,7 @@ from megavila.data.row import MULTIPLE_CHOICE, OPEN_ENDED
 from megavila.evaluation.responder import Responder
 from megavila.media import MediaError
 from megavila.rollout.protocol import Response, SamplingParams
+from megavila.rollout.recovery import EngineFailed
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
 from megavila.runtime.seeds import derive_seed
@@ -156,9 +157,10 @@ def _too_long(message: str) -> ApiError:
 
 
 def _for_client(error: Exception) -> Exception:
-    """A user's mistake as a 400; any other error as it is, with its traceback in the log."""
-    if isinstance(error, ApiError) or not isinstance(error, MegavilaError):
-        if not isinstance(error, ApiError):
-            _log.error("a request failed", exc_info=error)
+    """A user's mistake as a 400; what is not the user's as it is, with its traceback in the log."""
+    if isinstance(error, ApiError):
         return error
-    return ApiError(400, str(error))
+    if isinstance(error, MegavilaError) and not isinstance(error, EngineFailed):
+        return ApiError(400, str(error))
+    _log.error("a request failed", exc_info=error)
+    return error
