@@ -1,11 +1,12 @@
-# `make demo`, `make test` and `make lint` each set up .venv first and again when pyproject.toml changes.
+# `make demo`, `make test` and `make lint` each set up .venv first and again when pyproject.toml changes; `make test-vllm`
+# does so with .venv-vllm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Pinned and installed first: on its own, any dependency would pull a newer torch with gigabytes of CUDA libraries.
 TORCH := torch==2.13.0
 
-.PHONY: install demo test lint format kernel-report clean
+.PHONY: install demo test test-vllm lint format kernel-report clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +35,13 @@ $(VENV)/.vllm: $(VENV)/.installed
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests $(ARGS)
 
+# What the real vLLM is needed for, in an environment of its own: it brings gigabytes that no other test uses.
+VLLM_TESTS := tests/rollout/test_vllm_engine.py tests/rollout/test_vllm_recovery.py tests/end_to_end/test_grpo_vllm.py tests/serving
+
+test-vllm:
+	$(MAKE) --no-print-directory VENV=.venv-vllm .venv-vllm/.vllm
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -n 2 -q $(VLLM_TESTS) $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +56,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info megavila/*.so
+	rm -rf $(VENV) .venv-vllm build *.egg-info megavila/*.so
