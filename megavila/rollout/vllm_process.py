@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -143,7 +143,7 @@ def _copy_tokenizer(tokenizer: Path, directory: Path) -> str:
 
 def finished_requests(
     llm: Any, inputs: Sequence[Any], params: Sequence[Any], timeout_seconds: float | None
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """(place, finished output) of requests, in the order in which they finish.
 
     Nothing of them is left in the engine when the iterator is closed, or ends with an exception.
