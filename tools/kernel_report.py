@@ -324,6 +324,18 @@ def problem(variant: Variant, result: Compiled) -> str:
     return ""
 
 
+def save(lines: list[dict[str, Any]], complete: bool, out: Path) -> None:
+    """Written after every variant, so that a run that is cut short leaves what it has."""
+    head = measured(" ".join(["python tools/kernel_report.py", *sys.argv[1:]]))
+    head |= {"triton": triton.__version__, "gpu": "none: compiled only, GPU speed not yet measured"}
+    rows = ",\n".join("  " + json.dumps(line) for line in lines)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(
+        f'{{\n "measured": {json.dumps(head)},\n "complete": {json.dumps(complete)},\n'
+        f' "configurations": [\n{rows}\n ]\n}}\n'
+    )
+
+
 def report(variants: list[Variant], out: Path | None = None) -> int:
     """Prints a line a variant, and writes them to `out`; the number of gated ones with a problem."""
     print(f"Triton {triton.__version__}")
@@ -345,12 +357,8 @@ def report(variants: list[Variant], out: Path | None = None) -> int:
         lines.append(
             {"sm": variant.capability, "kernel": variant.label, "gated": variant.gated, **asdict(result)}
         )
-    if out is not None:
-        head = measured(f"python tools/kernel_report.py {' '.join(sys.argv[1:])}".rstrip())
-        head |= {"triton": triton.__version__, "gpu": "none: compiled only, GPU speed not yet measured"}
-        rows = ",\n".join("  " + json.dumps(line) for line in lines)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(f'{{\n "measured": {json.dumps(head)},\n "configurations": [\n{rows}\n ]\n}}\n')
+        if out is not None:
+            save(lines, len(lines) == len(variants), out)
     return problems
 
 
