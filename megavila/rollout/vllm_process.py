@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,10 +23,12 @@ from megavila.models.convert import copy_tokenizer
 from megavila.models.families import get_family
 from megavila.rollout.protocol import RolloutError
 from megavila.rollout.weights import LANGUAGE_PART
+from megavila.runtime.collectives import broadcast_object
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
 from megavila.runtime.seeds import load_rng_state, rng_state
 from megavila.runtime.topology import Topology
+from megavila.runtime.vllm_cpu import name_shared_memory
 
 GIB = 2**30
 
@@ -97,6 +100,8 @@ def start_vllm(
         MegavilaError: vLLM refuses these settings.
     """
     device = model.language.output_weight().device
+    if device.type == "cpu" and topology.tensor > 1:
+        name_shared_memory(broadcast_object(uuid.uuid4().hex, topology.world_group))
     # Weights arrive with an output layer of their own, see `language_weights`.
     config = replace(model.config, language=replace(model.language.config, tie_word_embeddings=False))
     dtype = str(model.dtype).removeprefix("torch.")
