@@ -36,7 +36,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests $(ARGS)
 
 # What the real vLLM is needed for, in an environment of its own: it brings gigabytes that no other test uses.
-VLLM_TESTS := tests/rollout/test_vllm_engine.py tests/rollout/test_vllm_recovery.py tests/end_to_end/test_grpo_vllm.py tests/serving
+VLLM_TESTS := tests/rollout/test_vllm_engine.py tests/rollout/test_vllm_recovery.py tests/rollout/test_vllm_server.py tests/end_to_end/test_grpo_vllm.py tests/serving
 
 test-vllm:
 	$(MAKE) --no-print-directory VENV=.venv-vllm .venv-vllm/.vllm

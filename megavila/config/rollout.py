@@ -10,8 +10,11 @@ from megavila.config.section import Section, knob, require
 class RolloutConfig(Section):
     """Engine and sampling parameters of the rollouts."""
 
-    engine: Literal["megatron", "vllm"] = knob(
-        "megatron", "Who samples: our own decoder, or vLLM in this process."
+    engine: Literal["megatron", "vllm"] = knob("megatron", "Who samples: our own decoder, or vLLM.")
+    placement: Literal["colocated", "server"] = knob(
+        "colocated",
+        "Where vLLM runs: in the trainer's processes, or each rank's in a process of its own (CPU, tensor_parallel 1), "
+        "which a run survives when it dies or hangs.",
     )
     group_size: int = knob(8, "Responses for each prompt (G in the paper).")
     temperature: float = knob(1.0, "Softmax temperature; 0: greedy.")
@@ -48,6 +51,11 @@ class RolloutConfig(Section):
         self.require_at_least(1, "group_size", "max_response_tokens", "max_batch_tokens", "importance_cap")
         self.require_at_least(0, "temperature", "top_k", "retries")
         self.require_positive("kv_cache_gib", "max_logprob_diff", "timeout_seconds")
+        require(
+            self.engine == "vllm" or self.placement == "colocated",
+            f"placement is {self.placement} and engine is {self.engine}, which samples with the trainer's own weights; "
+            "use placement colocated, or engine vllm",
+        )
         require(
             self.engine != "vllm" or (self.top_p == 1 and self.top_k == 0),
             f"top_p is {self.top_p} and top_k is {self.top_k}: vLLM's log-probs are then those of the truncated "

@@ -46,5 +46,6 @@ def run_grpo(
             kv_cache_gib=rollout.kv_cache_gib,
             timeout_seconds=rollout.timeout_seconds,
             retries=rollout.retries,
+            placement=rollout.placement,
         ) as engine:
             return run(session, GrpoTrainer(session, engine, scorer), evaluate or evaluate_session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import Literal
 
 from megavila.data.tokenizer import Tokenizer
 from megavila.models import VisionLanguageModel
@@ -24,6 +25,7 @@ def open_engine(
     kv_cache_gib: float,
     timeout_seconds: float | None = 600.0,
     retries: int = 2,
+    placement: Literal["colocated", "server"] = "colocated",
 ) -> Iterator[RolloutEngine]:
     """Yield the engine called ``name``, "megatron" or "vllm", and close it in the end.
 
@@ -33,6 +35,7 @@ def open_engine(
         kv_cache_gib: memory for keys and values on each rank (vllm).
         timeout_seconds: an engine that computes nothing for so long has failed; None: it may (vllm).
         retries: how often prompts that a failure left without responses are tried again (vllm).
+        placement: in this process, or in one of its own (vllm).
 
     Raises:
         MegavilaError: vLLM is not installed, or cannot run this model.
@@ -49,6 +52,7 @@ def open_engine(
             kv_cache_gib=kv_cache_gib,
             timeout_seconds=timeout_seconds,
             retries=retries,
+            placement=placement,
         )
     else:
         engine = MegatronEngine(model, tokenizer, topology, max_batch_tokens=max_batch_tokens)

@@ -1,4 +1,4 @@
-"""Rollouts by vLLM, in this process and on this process's device: with `vllm_process`, all that knows vLLM.
+"""Rollouts by vLLM, which a `Host` runs in this process or in another one; only the files vllm*.py know vLLM.
 
 vLLM gets each prompt as embeddings that the trainer made, so it needs the decoder only and cannot disagree
 with the trainer about tokens, frames or positions. A group is one request with n = G: its prompt is read once,
@@ -7,11 +7,12 @@ and the other G - 1 responses find it in the prefix cache. See docs.vllm.ai, "Pr
 
 from __future__ import annotations
 
-import gc
 import math
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.distributed import ProcessGroup
 from megavila.data.prompt import Prompt
 from megavila.data.tokenizer import Tokenizer
 from megavila.models import VisionLanguageModel
+from megavila.models.families import get_family
 from megavila.rollout.probe import WeightProbe
 from megavila.rollout.protocol import (
     Response,
@@ -31,22 +33,18 @@ from megavila.rollout.protocol import (
 from megavila.rollout.recovery import EngineFailed, sample_all
 from megavila.rollout.sharing import gather_shares, own_share
 from megavila.rollout.stopping import StopChecker
-from megavila.rollout.vllm_limits import check_model, check_prompts, check_sampling
-from megavila.rollout.vllm_process import (
-    check_alone,
-    finished_requests,
-    import_vllm,
-    shut_down,
-    start_vllm,
-    unchanged_process_state,
-)
+from megavila.rollout.vllm_host import Completion, Host, LocalHost
+from megavila.rollout.vllm_limits import check_model, check_prompts, check_sampling, check_server
+from megavila.rollout.vllm_process import HostSettings
+from megavila.rollout.vllm_server import ServerHost
 from megavila.rollout.weights import (
+    LANGUAGE_PART,
     WeightTransferError,
     checked_weights,
     language_weights,
     weight_manifest,
 )
-from megavila.runtime.collectives import gather_objects
+from megavila.runtime.collectives import broadcast_object, gather_objects
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
 from megavila.runtime.seeds import derive_seed
@@ -58,7 +56,7 @@ _BROKEN = "lost its weights in a transfer that broke off; start the run again fr
 
 
 class VllmEngine:
-    """A `RolloutEngine` on vLLM, in the trainer's process (colocated).
+    """A `RolloutEngine` on vLLM.
 
     Every rank of a replica calls each method with the same arguments and gets the same responses. vLLM's tensor
     parallelism runs on the same ranks as the trainer's (`external_launcher`), with the same parts of the weights;
@@ -75,6 +73,8 @@ class VllmEngine:
         timeout_seconds: an engine that computes nothing for so long has failed; None: it may.
         retries: how often prompts without responses are tried again after a failure, see `sample_all`. With tensor
             parallelism there is neither: ranks that work in step cannot give up on their own.
+        placement: "colocated": vLLM runs in this process. "server": in one that each rank starts for itself, where it
+            can be killed and started again whatever the other ranks do.
 
     Raises:
         MegavilaError: vLLM is not installed, or cannot run this model.
@@ -90,6 +90,7 @@ class VllmEngine:
         kv_cache_gib: float = 4.0,
         timeout_seconds: float | None = None,
         retries: int = 2,
+        placement: Literal["colocated", "server"] = "colocated",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -101,18 +102,19 @@ class VllmEngine:
         self._device = model.language.output_weight().device
         self._max_tokens = min(max_tokens, model.language.config.max_position_embeddings)
         check_model(model, self._device)
+        if placement == "server":
+            check_server(topology.tensor, self._device)
         self._manifest = weight_manifest(model)
         self._probe = WeightProbe(model, self._max_tokens)
-        self._vllm = import_vllm(self._device)
-        check_alone()
         self._can_stop_at_text = _has_files(tokenizer)
-        self._kv_cache_gib = kv_cache_gib
         alone = topology.tensor == 1
         self._timeout, self._retries = (timeout_seconds, retries) if alone else (None, 0)
-        self._llm: Any = self._start()
+        self._placement = placement
+        self._settings = self._host_settings(kv_cache_gib)
+        self._host: Host | None = self._open_host()
         self._unusable: str | None = "has no weights yet; call update_weights before generate"
         self._counts = RolloutCounts()
-        self._counted = self._read_counters()
+        self._counted = self._running.counters()
         self._answer: Response | None = None  # to the probe, since the last transfer
 
     def generate(
@@ -157,32 +159,32 @@ class VllmEngine:
         """
         if self._unusable == _BROKEN:
             raise WeightTransferError(f"the vLLM engine {_BROKEN}")
+        self.weight_version += 1
+        reason = None
         try:
-            self._transfer()
-            return
+            self._load()
         except MegavilaError:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        self._counts.failures += 1
-        self._restart(reason)  # out of the exception's reach, which keeps the dead engine's memory
+        if reason is not None:  # out of the exception's reach, which keeps the dead engine's memory
+            self._counts.failures += 1
+            self._restart(reason)
+        # With the other ranks only now: they need not know which of them started vLLM again.
+        self._check_agreement([(self._answered,)], self.topology.mrsp_group)  # who score it together
+        self._probe.check(self._answered, self.weight_version)
+        self._unusable = None
 
     @torch.no_grad()
-    def _transfer(self) -> None:
+    def _load(self) -> None:
+        """The weights into vLLM, and its answer to the probe; on this rank alone, without tensor parallelism."""
         self._unusable = _BROKEN
         stream = checked_weights(language_weights(self.model), self._manifest)
-        # One parameter at a time, in checkpoint format: vLLM cuts, fuses and repacks it as when it loads a file.
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
-        self._unusable = "failed the check of its weights; call update_weights again"
         self._count()
-        self._forget()
-        self.weight_version += 1
-        answer = self._ask_probe()
-        self._check_agreement([(answer,)], self.topology.mrsp_group)  # who score it together
-        self._probe.check(answer, self.weight_version)
-        self._answer = answer
-        self._counted = self._read_counters()  # what the probe cost is not a rollout's
-        self._unusable = None
+        self._running.load(stream, self.weight_version)
+        self._unusable = "failed the check of its weights; call update_weights again"
+        self._answer = self._ask_probe()
+        self._counted = self._running.counters()  # what the probe cost is not a rollout's
 
     def take_counts(self) -> RolloutCounts:
         """The work since the last call, for the step's metrics: prompt tokens by vLLM's own cache counters."""
@@ -192,7 +194,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """Free vLLM's memory and leave its process groups. The trainer's groups stay."""
-        if self._llm is None:
+        if self._host is None:
             return
         self._unusable = "is closed"
         self._leave()
@@ -203,16 +205,38 @@ class VllmEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self) -> Any:
-        with unchanged_process_state():
-            return start_vllm(
-                self._vllm,
-                self.model,
-                self.topology,
-                self.tokenizer.directory if self._can_stop_at_text else None,
-                self._max_tokens,
-                self._kv_cache_gib,
-            )
+    @property
+    def _running(self) -> Host:
+        assert self._host is not None, "the engine is closed"
+        return self._host
+
+    @property
+    def _answered(self) -> Response:
+        assert self._answer is not None, "update_weights comes first"
+        return self._answer
+
+    def _host_settings(self, kv_cache_gib: float) -> HostSettings:
+        # Weights arrive with an output layer of their own, see `language_weights`.
+        language = replace(self.model.language.config, tie_word_embeddings=False)
+        config, dtype = replace(self.model.config, language=language), str(self.model.dtype)
+        dtype = dtype.removeprefix("torch.")
+        return HostSettings(
+            config=get_family(config.family).write_config(config, dtype)[f"{LANGUAGE_PART}/config.json"],
+            dtype=dtype,
+            device=self._device.type,
+            tokenizer=self.tokenizer.directory if self._can_stop_at_text else None,
+            max_tokens=self._max_tokens,
+            kv_cache_gib=kv_cache_gib,
+            tensor=self.topology.tensor,
+            processes=self.topology.world_size,
+            job=broadcast_object(uuid.uuid4().hex, self.topology.world_group),
+        )
+
+    def _open_host(self) -> Host:
+        if self._placement == "colocated":
+            return LocalHost(self._settings)
+        largest = max(math.prod(shape) for shape in self._manifest.values()) * self.model.dtype.itemsize
+        return ServerHost(self._settings, largest, self._timeout)
 
     def _recover(self) -> None:
         """After a failure: the engine as it is if it still answers the probe as before, else a new one.
@@ -227,37 +251,42 @@ class VllmEngine:
                 f"vLLM failed on {self.topology.tensor} tensor-parallel ranks, which cannot recover on their own; start "
                 "the run again from its last checkpoint"
             )
-        reason = self._illness()
+        before, reason = self._answered, self._illness()
         if reason is None:
-            self._counted = self._read_counters()
-        else:
-            self._restart(reason)
+            return
+        self._restart(reason)
+        if not self._probe.same(self._answered, before):
+            raise EngineFailed(
+                f"vLLM has died ({reason}), and another one with the same weights answers otherwise than it did; start "
+                "the run again from its last checkpoint"
+            )
+        self._unusable = None
 
     def _illness(self) -> str | None:
-        """Why the engine cannot go on, or None."""
-        assert self._answer is not None  # nothing is sampled before a transfer
+        """Why vLLM cannot go on, or None."""
         try:
-            self._forget()  # blocks of a step that broke off may be marked as computed
+            self._running.forget()  # blocks of a step that broke off may be marked as computed
             answer = self._ask_probe()
+            self._counted = self._running.counters()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
-        return None if self._probe.same(answer, self._answer) else "it answers otherwise than before"
+        return None if self._probe.same(answer, self._answered) else "it answers otherwise than before"
 
     def _restart(self, reason: str) -> None:
         """A new vLLM with the trainer's weights in place of a dead one. Raises EngineFailed."""
         self._unusable = _BROKEN
-        if self.topology.world_size > 1:
+        if not self._running.restartable:
             raise EngineFailed(
                 f"vLLM has died ({reason}); in one of {self.topology.world_size} processes it cannot be started again, "
                 "because its process groups are built by all of them together; start the run again from its last "
-                "checkpoint"
+                "checkpoint, with rollout.placement=server if it happens again"
             )
         _log.warning("vLLM has died (%s) and is started again", reason)
         self._leave()
         try:
-            self._llm = self._start()
-            self._counted = self._read_counters()
-            self._transfer()
+            self._host = self._open_host()
+            self._counted = self._running.counters()
+            self._load()
         except MegavilaError:
             raise
         except Exception as error:
@@ -265,9 +294,8 @@ class VllmEngine:
         self.restarts += 1
 
     def _leave(self) -> None:
-        shut_down(self._llm.llm_engine.engine_core)
-        self._llm = None
-        gc.collect()
+        self._running.close()
+        self._host = None
 
     def _ask_probe(self) -> Response:
         probe = self._probe
@@ -298,15 +326,13 @@ class VllmEngine:
         seeds: Sequence[int],
     ) -> Iterator[tuple[int, tuple[Response, ...]]]:
         """(place of a prompt, its group) as they are finished. Whatever vLLM raises comes through."""
-        embeddings = [
-            {"prompt_embeds": self._embed(prompt, rows)}
-            for prompt, rows in zip(prompts, media_rows, strict=True)
-        ]
+        embeddings = [self._embed(prompt, rows) for prompt, rows in zip(prompts, media_rows, strict=True)]
         requests = [self._request(prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         stop = StopChecker(self.tokenizer, params.stop)
-        with closing(finished_requests(self._llm, embeddings, requests, self._timeout)) as outputs:
-            for place, output in outputs:
-                group = [self._response(completion, stop) for completion in output.outputs]
+        outputs = self._running.run(embeddings, requests, self._timeout)
+        with closing(outputs):
+            for place, completions in outputs:
+                group = [self._response(completion, stop) for completion in completions]
                 # vLLM takes no n > 1 with temperature 0, whose responses are all the same.
                 yield place, tuple(group * params.group_size if params.temperature == 0 else group)
 
@@ -317,8 +343,9 @@ class VllmEngine:
         given = None if rows is None else rows.to(device)
         return self.model.embed(prompt.token_ids.to(device), prompt.media_index.to(device), given).cpu()
 
-    def _request(self, prompt: Prompt, params: SamplingParams, seed: int) -> Any:
-        return self._vllm.SamplingParams(
+    def _request(self, prompt: Prompt, params: SamplingParams, seed: int) -> dict[str, Any]:
+        """Arguments of vLLM's SamplingParams."""
+        return dict(
             n=1 if params.temperature == 0 else params.group_size,
             temperature=params.temperature,
             max_tokens=min(params.max_tokens, self._max_tokens - len(prompt.token_ids)),
@@ -333,9 +360,8 @@ class VllmEngine:
             detokenize=bool(params.stop),
         )
 
-    def _response(self, completion: Any, stop: StopChecker) -> Response:
-        ids = list(completion.token_ids)
-        logprobs = [found[token].logprob for token, found in zip(ids, completion.logprobs, strict=True)]
+    def _response(self, completion: Completion, stop: StopChecker) -> Response:
+        ids, logprobs = completion.token_ids, completion.logprobs
         if completion.finish_reason not in ("stop", "length"):
             raise RuntimeError(  # the request died, not what it asked for
                 f"vLLM ended a response with {completion.finish_reason!r} after {len(ids)} tokens"
@@ -357,23 +383,16 @@ class VllmEngine:
         if any(other != own for other in gather_objects(own, ranks)):
             raise RolloutError("vLLM sampled different tokens on ranks that hold the same model and prompts")
 
-    def _forget(self) -> None:
-        """Drop cached keys, values and encoder outputs, which belong to the old weights."""
-        if not self._llm.reset_prefix_cache():
-            raise RolloutError("vLLM could not reset its prefix cache: requests are still running")
-        self._llm.llm_engine.reset_encoder_cache()
-
     def _count(self) -> None:
         """Add what vLLM did since its counters were last read."""
-        queries, hits = self._read_counters()
+        try:
+            queries, hits = self._running.counters()
+        except Exception as error:  # it has died; who next needs it will see to that
+            _log.warning("what vLLM computed before it died is not counted: %s", error)
+            return
         self._counts.reused_prompt_tokens += hits - self._counted[1]
         self._counts.prefill_tokens += queries - hits - (self._counted[0] - self._counted[1])
         self._counted = queries, hits
-
-    def _read_counters(self) -> tuple[int, int]:
-        """Prompt tokens looked up in the prefix cache, and found there, since the engine started."""
-        values = {metric.name: getattr(metric, "value", 0) for metric in self._llm.get_metrics()}
-        return int(values["vllm:prefix_cache_queries"]), int(values["vllm:prefix_cache_hits"])
 
 
 def _has_files(tokenizer: Tokenizer) -> bool:

@@ -37,6 +37,20 @@ def check_model(model: VisionLanguageModel, device: torch.device) -> None:
         )
 
 
+def check_server(tensor: int, device: torch.device) -> None:
+    """Raises RolloutError where a vLLM in a process of its own cannot be had."""
+    if tensor > 1:
+        raise RolloutError(
+            f"rollout.placement is server and parallel.tensor_parallel is {tensor}: a server belongs to one rank, which "
+            "must have whole weights; use rollout.placement=colocated"
+        )
+    if device.type != "cpu":
+        raise RolloutError(
+            f"rollout.placement is server and the model is on {device.type}: weights go to a server through shared memory "
+            "of the CPU; use rollout.placement=colocated"
+        )
+
+
 def check_sampling(params: SamplingParams, can_stop_at_text: bool) -> None:
     """Raises RolloutError for sampling whose log-probs or ends would not be the trainer's."""
     if params.temperature > 0 and (params.top_p < 1 or params.top_k > 0):

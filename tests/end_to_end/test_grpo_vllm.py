@@ -1,6 +1,9 @@
 """GRPO runs whose rollouts come from vLLM: one process, and two ranks as torchrun starts them."""
 
 import importlib.util
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +29,7 @@ DEGREES = {
     "tp2": {"tensor_parallel": 2},
     "cp2": {"context_parallel": 2, "cp_split": "always"},
 }
+SERVED = ("dp2", "cp2")  # tensor-parallel ranks have one vLLM together
 
 
 def config(world, name, steps=2, parallel=None, **rollout):
@@ -61,6 +65,12 @@ def check(rows, steps, *, failures=False):
         assert row["rollout/prefix_tokens_reused"] > 0
 
 
+def check_same_training(rows, expected):
+    for row, same in zip(rows, expected, strict=True):
+        for name in ("reward/mean", "grpo/loss", "optimizer/grad_norm", "tokens/response"):
+            assert row[name] == pytest.approx(same[name], rel=1e-4, abs=1e-6), name
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     directory = tmp_path_factory.mktemp("vllm")
@@ -83,7 +93,7 @@ def test_a_run_goes_on_over_an_engine_that_dies(world, monkeypatch):
     generate, deaths = VllmEngine.generate, []
 
     def deadly(self, *arguments):
-        executor, calls = self._llm.llm_engine.engine_core.engine_core.model_executor, []
+        executor, calls = self._host.llm.llm_engine.engine_core.engine_core.model_executor, []
         execute = executor.execute_model
 
         def dying(*args, **kwargs):
@@ -94,7 +104,7 @@ def test_a_run_goes_on_over_an_engine_that_dies(world, monkeypatch):
                 deaths.append(self.restarts)
             return execute(*args, **kwargs)
 
-        if self.weight_version in (2, 5):  # of the second step and, after a restart, of the fourth
+        if self.weight_version in (2, 4):
             executor.execute_model = dying
         return generate(self, *arguments)
 
@@ -105,9 +115,7 @@ def test_a_run_goes_on_over_an_engine_that_dies(world, monkeypatch):
     spared, killed = metrics(world, "spared"), metrics(world, "killed")
     check(killed, 4, failures=True)
     assert [row["rollout/engine_failures"] for row in killed] == [0, 1, 0, 1]
-    for row, same in zip(killed, spared, strict=True):
-        for name in ("reward/mean", "grpo/loss", "optimizer/grad_norm", "tokens/response"):
-            assert row[name] == pytest.approx(same[name], rel=1e-4, abs=1e-6), name
+    check_same_training(killed, spared)
 
 
 @needs_vllm
@@ -146,10 +154,29 @@ def test_a_difference_above_the_limit_stops_the_run_unsaved(world):
     assert not list((world / "runs" / "strict").glob("checkpoints/*"))
 
 
+def kill_server(rank, monkeypatch):
+    """The vLLM process of `rank` is killed before the second step's rollout."""
+    from megavila.rollout.vllm import VllmEngine
+
+    generate = VllmEngine.generate
+
+    def killed(self, *arguments):
+        if self.weight_version == 2 and self.topology.rank == rank:
+            os.kill(self._host.process.pid, signal.SIGKILL)
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(VllmEngine, "generate", killed)
+
+
 def on_ranks(rank, world):
     topology_module.shutdown = parallel_state.destroy_model_parallel  # keep the world for the next run
     for name, parallel in DEGREES.items():
         run_grpo(config(world, name, parallel=parallel))
+    multiprocessing.current_process()._config["daemon"] = False  # a rank of torchrun's may have children
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        kill_server(1, monkeypatch)
+        for name in SERVED:
+            run_grpo(config(world, f"{name}-served", parallel=DEGREES[name], placement="server"))
 
 
 @pytest.fixture
@@ -167,9 +194,15 @@ def left_behind():
 
 @needs_vllm
 def test_two_ranks_train(world, left_behind):
+    """With vLLM in their own processes, and beside them, where one is killed and the run learns the same."""
     run_ranks(on_ranks, 2, world)
     for name in DEGREES:
         check(metrics(world, name), 2)
+    for name in SERVED:
+        served, colocated = metrics(world, f"{name}-served"), metrics(world, name)
+        check(served, 2, failures=True)
+        assert [row["rollout/engine_failures"] for row in served] == [0, 1]
+        check_same_training(served, colocated)
 
 
 def test_truncated_sampling_is_refused_before_anything_is_built(world):

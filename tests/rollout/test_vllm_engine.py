@@ -300,7 +300,7 @@ def test_the_probe_sees_what_no_manifest_can(engine: Any, monkeypatch: pytest.Mo
     engine.update_weights()
 
     # Keys and values of the old weights are still in the cache, and the prompt's embeddings are the same.
-    monkeypatch.setattr(engine, "_forget", lambda: None)
+    monkeypatch.setattr(engine._host, "forget", lambda: None)
     cases.shake(engine.model, 6, names="decoder")
     with pytest.raises(WeightTransferError, match="older than the weights"):
         engine.update_weights()
