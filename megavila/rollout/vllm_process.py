@@ -26,8 +26,14 @@ from megavila.runtime.vllm_cpu import name_shared_memory
 
 GIB = 2**30
 
-# vLLM's block size on a CPU is 128 by default; only whole blocks of a prompt are shared.
-_BLOCK_TOKENS_ON_CPU = 32
+_OPTIONS_ON_CPU = {
+    "enforce_eager": True,
+    # 128 by default; only whole blocks of a prompt are shared.
+    "block_size": 32,
+    # For a prompt that is read in parts vLLM takes the last sample back by the offset of the request's generator, which
+    # a CPU's has not ("CPU Generator does not use offset").
+    "enable_chunked_prefill": False,
+}
 
 _log = get_logger(__name__)
 
@@ -129,8 +135,7 @@ def start_vllm(vllm: ModuleType, settings: HostSettings, backend: str | None) ->
                 tensor_parallel_size=settings.tensor,
                 # Where torchrun started several ranks, each builds an engine and vLLM's groups follow theirs.
                 distributed_executor_backend="external_launcher" if settings.processes > 1 else "uni",
-                enforce_eager=on_cpu,
-                **({"block_size": _BLOCK_TOKENS_ON_CPU} if on_cpu else {}),
+                **(_OPTIONS_ON_CPU if on_cpu else {}),
                 **({"weight_transfer_config": {"backend": backend}} if backend else {}),
             )
         except ValueError as error:  # vLLM's own check of its settings, pydantic's among them

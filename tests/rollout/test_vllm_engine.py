@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,24 @@ def test_samples_depend_on_the_group_seed_alone(engine: Any) -> None:
     assert not any(
         response in other for group, other in zip(together, shifted, strict=True) for response in group
     )
+
+
+@needs_vllm
+def test_more_prompts_than_vllm_reads_at_once(engine: Any) -> None:
+    """Prompts must not be cut: vLLM then takes back a sample, which it cannot with a CPU's generator."""
+    made = [make_prompt(690, seed=seed) for seed in range(8)]
+    budget = engine._host.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert sum(len(prompt.token_ids) for prompt, _ in made) > budget
+    params = SamplingParams(max_tokens=5, group_size=2)
+    engine.take_counts()
+
+    def tokens(order: Sequence[int]) -> list[list[list[int]]]:
+        groups = engine.generate([made[i][0] for i in order], [made[i][1] for i in order], params, list(order))
+        return [[response.token_ids.tolist() for response in group] for group in groups]
+
+    together = tokens(range(8))
+    assert engine.take_counts().failures == 0
+    assert [tokens([i])[0] for i in range(8)] == together
 
 
 @needs_vllm
