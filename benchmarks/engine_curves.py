@@ -87,8 +87,12 @@ def train(demo: Path, engine: str, seed: int, steps: int, scratch: Path) -> list
         "checkpoint.every=0",
         "checkpoint.save_final=false",
     ]
-    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
-    return read_metrics(scratch / name / "metrics.jsonl")
+    print(f"{name}:", flush=True)
+    subprocess.run(command, cwd=ROOT, check=True)
+    metrics = read_metrics(scratch / name / "metrics.jsonl")
+    if failures := sum(row["rollout/engine_failures"] for row in metrics):
+        sys.exit(f"{name}: the engine failed {failures} times; find out why before comparing its curve")
+    return metrics
 
 
 def band(curves: list[list[float]]) -> np.ndarray:
