@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.machine import measured, results_directory
 from benchmarks.mrsp_world import MODELS
-from megavila.config import LanguageConfig, ModelConfig, ParallelConfig
+from megavila.config import EngineConfig, LanguageConfig, ModelConfig, ParallelConfig
 from megavila.data import Prompt, Row
 from megavila.data.tokenizer import build_word_tokenizer, load_tokenizer
 from megavila.models import build_model
@@ -57,13 +57,11 @@ def main(
         records: list[dict[str, Any]] = []
         for name in engines or ["megatron", "vllm"]:
             with open_engine(
-                name,
+                EngineConfig(engine=name, max_batch_tokens=1 << 20, kv_cache_gib=1.0),
                 trained,
                 tokenizer,
                 topology,
                 max_tokens=prompt_tokens + response_tokens,
-                max_batch_tokens=1 << 20,
-                kv_cache_gib=1.0,
             ) as engine:
                 started = time.perf_counter()
                 engine.update_weights()

@@ -16,7 +16,7 @@ from megavila.config.recipes import (
     check_split,
     resolve_parallel,
 )
-from megavila.config.rollout import RewardConfig, RolloutConfig
+from megavila.config.rollout import EngineConfig, RewardConfig, RolloutConfig
 from megavila.config.run import RunSettings
 from megavila.config.section import ConfigError
 from megavila.config.training import CheckpointConfig, GrpoConfig, MrspConfig, OptimizerConfig, SftConfig
@@ -26,6 +26,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "EngineConfig",
     "EvalConfig",
     "GrpoConfig",
     "GrpoRunConfig",

@@ -6,7 +6,7 @@ from typing import Literal
 from megavila.config.data import MAX_FRAMES, DataConfig
 from megavila.config.model import ModelConfig, divisors
 from megavila.config.parallel import ParallelConfig
-from megavila.config.rollout import RewardConfig, RolloutConfig
+from megavila.config.rollout import EngineConfig, RewardConfig, RolloutConfig
 from megavila.config.run import RunSettings
 from megavila.config.section import Section, knob, require, required, subsection
 from megavila.config.training import CheckpointConfig, GrpoConfig, MrspConfig, OptimizerConfig, SftConfig
@@ -128,28 +128,25 @@ class SftRunConfig(TrainingRoot):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerConfig(Section):
+class AnswerConfig(EngineConfig):
     """A model that answers, and the engine that it answers with."""
 
     model: ModelConfig = required("The model.")
     data: DataConfig = required("Rows, media and prompts; the files are data.eval.")
     parallel: ParallelConfig = subsection(ParallelConfig, "Parallel degrees.")
     init_from: str | None = knob(None, "Checkpoint whose weights answer; null: those of model.path.")
-    engine: Literal["megatron", "vllm"] = knob("megatron", "Who generates.")
     temperature: float = knob(0.0, "Softmax temperature; 0: greedy.")
     max_response_tokens: int = knob(1024, "Longest response, in tokens.")
-    max_batch_tokens: int = knob(262_144, "Most tokens whose keys and values our own decoder holds at once.")
-    kv_cache_gib: float = knob(4.0, "Memory for vLLM's keys and values on each rank, in GiB.")
     batch_size: int = knob(32, "Rows generated together.")
     store_gib: float = knob(1.0, "Memory for embeddings, in GiB.")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "auto: CUDA where there is a device, else the CPU.")
     seed: int = knob(0, "Seed of sampling, where the temperature is not 0.")
 
     def validate(self) -> None:
+        super().validate()
         check_split(self.model, self.parallel)
-        self.require_at_least(1, "max_response_tokens", "max_batch_tokens", "batch_size")
+        self.require_at_least(1, "max_response_tokens", "batch_size")
         self.require_at_least(0, "temperature", "seed", "store_gib")
-        self.require_positive("kv_cache_gib")
 
 
 @dataclass(frozen=True, kw_only=True)

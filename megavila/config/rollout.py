@@ -7,21 +7,15 @@ from megavila.config.section import Section, knob, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig(Section):
-    """Engine and sampling parameters of the rollouts."""
+class EngineConfig(Section):
+    """The engine that generates."""
 
-    engine: Literal["megatron", "vllm"] = knob("megatron", "Who samples: our own decoder, or vLLM.")
+    engine: Literal["megatron", "vllm"] = knob("megatron", "Who generates: our own decoder, or vLLM.")
     placement: Literal["colocated", "server"] = knob(
         "colocated",
-        "Where vLLM runs: in the trainer's processes, or each rank's in a process of its own (CPU, tensor_parallel 1), "
-        "which a run survives when it dies or hangs.",
+        "Where vLLM runs: in our processes, or each rank's in a process of its own (CPU, tensor_parallel 1), which may "
+        "die or hang and is started again.",
     )
-    group_size: int = knob(8, "Responses for each prompt (G in the paper).")
-    temperature: float = knob(1.0, "Softmax temperature; 0: greedy.")
-    top_p: float = knob(1.0, "Sample from the smallest set of tokens with this much probability.")
-    top_k: int = knob(0, "Sample from the k most likely tokens; 0: from all.")
-    max_response_tokens: int = knob(1024, "Longest response, in tokens.")
-    stop: tuple[str, ...] = knob((), "Strings that end a response besides the end-of-sequence token.")
     max_batch_tokens: int = knob(
         262_144,
         "Most tokens whose keys and values our own decoder holds at once; prompts beyond that wait for the next batch.",
@@ -34,6 +28,28 @@ class RolloutConfig(Section):
         2,
         "How often prompts are sampled again that vLLM left without responses when it failed; what it had finished is kept.",
     )
+
+    def validate(self) -> None:
+        self.require_at_least(1, "max_batch_tokens")
+        self.require_at_least(0, "retries")
+        self.require_positive("kv_cache_gib", "timeout_seconds")
+        require(
+            self.engine == "vllm" or self.placement == "colocated",
+            f"placement is {self.placement} and engine is {self.engine}, which generates where the model is; "
+            "use placement colocated, or engine vllm",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(EngineConfig):
+    """Engine and sampling parameters of the rollouts."""
+
+    group_size: int = knob(8, "Responses for each prompt (G in the paper).")
+    temperature: float = knob(1.0, "Softmax temperature; 0: greedy.")
+    top_p: float = knob(1.0, "Sample from the smallest set of tokens with this much probability.")
+    top_k: int = knob(0, "Sample from the k most likely tokens; 0: from all.")
+    max_response_tokens: int = knob(1024, "Longest response, in tokens.")
+    stop: tuple[str, ...] = knob((), "Strings that end a response besides the end-of-sequence token.")
     max_logprob_diff: float | None = knob(
         None,
         "Stop the run where a sampled token's log-prob differs by more than this between engine and trainer, which "
@@ -48,14 +64,10 @@ class RolloutConfig(Section):
     importance_cap: float = knob(2.0, "Largest weight of a token or response; see importance.")
 
     def validate(self) -> None:
-        self.require_at_least(1, "group_size", "max_response_tokens", "max_batch_tokens", "importance_cap")
-        self.require_at_least(0, "temperature", "top_k", "retries")
-        self.require_positive("kv_cache_gib", "max_logprob_diff", "timeout_seconds")
-        require(
-            self.engine == "vllm" or self.placement == "colocated",
-            f"placement is {self.placement} and engine is {self.engine}, which samples with the trainer's own weights; "
-            "use placement colocated, or engine vllm",
-        )
+        super().validate()
+        self.require_at_least(1, "group_size", "max_response_tokens", "importance_cap")
+        self.require_at_least(0, "temperature", "top_k")
+        self.require_positive("max_logprob_diff")
         require(
             self.engine != "vllm" or (self.top_p == 1 and self.top_k == 0),
             f"top_p is {self.top_p} and top_k is {self.top_k}: vLLM's log-probs are then those of the truncated "

@@ -86,13 +86,11 @@ def open_responder(config: AnswerConfig, *, frames: FrameCache | None = None) ->
         model, tokenizer, topology = loaded.model, loaded.tokenizer, loaded.topology
         engine = stack.enter_context(
             open_engine(
-                config.engine,
+                config,
                 model,
                 tokenizer,
                 topology,
                 max_tokens=model.language.config.max_position_embeddings,
-                max_batch_tokens=config.max_batch_tokens,
-                kv_cache_gib=config.kv_cache_gib,
             )
         )
         engine.update_weights()

@@ -35,17 +35,7 @@ def run_grpo(
     with open_session(config, max_prompt_tokens=budget - response, frames=frames) as session:
         scorer = Scorer(config.reward)
         scorer.check(session.rows)
-        rollout = config.rollout
         with open_engine(
-            rollout.engine,
-            session.model,
-            session.tokenizer,
-            session.topology,
-            max_tokens=budget,
-            max_batch_tokens=rollout.max_batch_tokens,
-            kv_cache_gib=rollout.kv_cache_gib,
-            timeout_seconds=rollout.timeout_seconds,
-            retries=rollout.retries,
-            placement=rollout.placement,
+            config.rollout, session.model, session.tokenizer, session.topology, max_tokens=budget
         ) as engine:
             return run(session, GrpoTrainer(session, engine, scorer), evaluate or evaluate_session)

@@ -18,6 +18,10 @@ class EngineFailed(RolloutError):
     """An engine died or stood still, and trying again did not help."""
 
 
+class EngineGone(EngineFailed):
+    """It generates no more, whatever it is asked."""
+
+
 def sample_all(
     names: Sequence[str],
     sample: Callable[[Sequence[int]], Iterator[tuple[int, T]]],

@@ -30,7 +30,7 @@ from megavila.rollout.protocol import (
     SamplingParams,
     check_request,
 )
-from megavila.rollout.recovery import EngineFailed, sample_all
+from megavila.rollout.recovery import EngineGone, sample_all
 from megavila.rollout.sharing import gather_shares, own_share
 from megavila.rollout.stopping import StopChecker
 from megavila.rollout.vllm_host import Completion, Host, LocalHost
@@ -130,11 +130,12 @@ class VllmEngine:
         finished when vLLM failed are kept; the others are sampled again, with their seeds and so with the same result.
 
         Raises:
-            EngineFailed: vLLM failed more than ``retries`` times, or cannot be started again.
+            EngineFailed: vLLM failed more than ``retries`` times.
+            EngineGone: it cannot be started again.
         """
         check_request(prompts, media_rows, seeds)
         if self._unusable is not None:
-            raise EngineFailed(f"the vLLM engine {self._unusable}")
+            raise EngineGone(f"the vLLM engine {self._unusable}")
         check_sampling(params, self._can_stop_at_text)
         check_prompts(prompts, self._max_tokens)
         own = own_share(prompts, self.topology)
@@ -155,7 +156,7 @@ class VllmEngine:
         Raises:
             WeightTransferError: a weight did not come, or the engine computes something else than the trainer.
                 The engine then generates no more.
-            EngineFailed: vLLM has died and cannot be started again.
+            EngineGone: vLLM has died and cannot be started again.
         """
         if self._unusable == _BROKEN:
             raise WeightTransferError(f"the vLLM engine {_BROKEN}")
@@ -241,13 +242,13 @@ class VllmEngine:
     def _recover(self) -> None:
         """After a failure: the engine as it is if it still answers the probe as before, else a new one.
 
-        Raises EngineFailed.
+        Raises EngineGone.
         """
         self._count()
         self._counts.failures += 1
         if self.topology.tensor > 1:
             self._unusable = _BROKEN
-            raise EngineFailed(
+            raise EngineGone(
                 f"vLLM failed on {self.topology.tensor} tensor-parallel ranks, which cannot recover on their own; start "
                 "the run again from its last checkpoint"
             )
@@ -256,7 +257,7 @@ class VllmEngine:
             return
         self._restart(reason)
         if not self._probe.same(self._answered, before):
-            raise EngineFailed(
+            raise EngineGone(
                 f"vLLM has died ({reason}), and another one with the same weights answers otherwise than it did; start "
                 "the run again from its last checkpoint"
             )
@@ -273,10 +274,10 @@ class VllmEngine:
         return None if self._probe.same(answer, self._answered) else "it answers otherwise than before"
 
     def _restart(self, reason: str) -> None:
-        """A new vLLM with the trainer's weights in place of a dead one. Raises EngineFailed."""
+        """A new vLLM with the trainer's weights in place of a dead one. Raises EngineGone."""
         self._unusable = _BROKEN
         if not self._running.restartable:
-            raise EngineFailed(
+            raise EngineGone(
                 f"vLLM has died ({reason}); in one of {self.topology.world_size} processes it cannot be started again, "
                 "because its process groups are built by all of them together; start the run again from its last "
                 "checkpoint, with rollout.placement=server if it happens again"
@@ -290,7 +291,7 @@ class VllmEngine:
         except MegavilaError:
             raise
         except Exception as error:
-            raise EngineFailed(f"vLLM has died ({reason}) and could not be started again: {error}") from error
+            raise EngineGone(f"vLLM has died ({reason}) and could not be started again: {error}") from error
         self.restarts += 1
 
     def _leave(self) -> None:

@@ -14,7 +14,7 @@ from megavila.data.row import MULTIPLE_CHOICE, OPEN_ENDED
 from megavila.evaluation.responder import Responder
 from megavila.media import MediaError
 from megavila.rollout.protocol import Response, SamplingParams
-from megavila.rollout.recovery import EngineFailed
+from megavila.rollout.recovery import EngineFailed, EngineGone
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
 from megavila.runtime.seeds import derive_seed
@@ -66,6 +66,8 @@ class ChatModel:
     responder: Responder
     root: MediaRoot
     work: Work = field(default_factory=Work)
+    failure: str | None = None
+    """Why no request is answered any more."""
 
     def __post_init__(self) -> None:
         self.context_tokens = self.responder.context_tokens
@@ -136,6 +138,12 @@ class ChatModel:
                 params,
                 [item.seed for item in batch],
             )
+        except EngineGone as error:
+            self.failure = str(error)
+            _log.error("no request is answered any more: %s", error)
+            return [
+                ApiError(503, "the engine has failed; start the server again", code="engine_failed")
+            ] * len(batch)
         except Exception as error:
             if len(batch) > 1:  # one of them may be to blame, the others shall not suffer
                 _log.warning("a batch of %d failed and is tried one by one: %s", len(batch), error)

@@ -134,13 +134,14 @@ def create_app(service: Service) -> Any:
 
     @app.get("/health")
     async def health() -> Any:
+        status = "failed" if service.model.failure else "ok" if service.batcher.alive else "closing"
         state = {
-            "status": "ok" if service.batcher.alive else "closing",
+            "status": status,
             "model": service.config.served_name,
             "engine": service.config.engine,
             "requests_waiting": service.batcher.waiting,
         }
-        return JSONResponse(state, status_code=200 if service.batcher.alive else 503)
+        return JSONResponse(state, status_code=200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Any:

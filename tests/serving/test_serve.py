@@ -21,6 +21,7 @@ import pytest
 
 from megavila.cli.generate import generate
 from megavila.config import ConfigError, ServeConfig, build
+from megavila.rollout.recovery import EngineGone
 from megavila.runtime.errors import MegavilaError
 from megavila.serving import server
 from megavila.sft.run import run_sft
@@ -333,6 +334,18 @@ def test_models_and_health(served: Any) -> None:
     health = served.client.get("/health")
     assert health.status_code == 200
     assert health.json() == {"status": "ok", "model": "tiny", "engine": served.engine, "requests_waiting": 0}
+
+
+def test_an_engine_that_is_gone_is_seen_from_outside(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> Any:
+        raise EngineGone("the vLLM engine lost its weights")
+
+    monkeypatch.setattr(served.service.model.responder.engine, "generate", gone)
+    monkeypatch.setattr(served.service.model, "failure", None)
+    status, error = refused(served)
+    assert (status, error["code"], error["type"]) == (503, "engine_failed", "server_error")
+    health = served.client.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "failed")
 
 
 def test_a_full_queue_is_a_503(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
