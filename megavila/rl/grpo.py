@@ -123,6 +123,7 @@ class GrpoTrainer:
                 self.sampling,
                 [derive_seed(seed, "rollout", step, e.prompt.row.problem_id) for e in examples],
             )
+            self.engine.sleep()
         with self.session.timers("time/reward"):
             rows = [
                 example.prompt.row for example, group in zip(examples, sampled, strict=True) for _ in group

@@ -82,6 +82,9 @@ class MegatronEngine:
     def update_weights(self) -> None:
         """Nothing to do: the engine generates with the model that is trained."""
 
+    def sleep(self) -> None:
+        """Nothing to do: keys and values are freed after each batch."""
+
     def take_counts(self) -> RolloutCounts:
         """The work since the last call, for the step's metrics."""
         counts, self._counts = self._counts, RolloutCounts()

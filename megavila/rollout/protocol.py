@@ -124,6 +124,10 @@ class RolloutEngine(Protocol):
         """Make the engine generate with the trainer's current weights; before the first `generate`, too."""
         ...
 
+    def sleep(self) -> None:
+        """Free the accelerator's memory until the next `update_weights` or `generate`, which wake it."""
+        ...
+
     def take_counts(self) -> RolloutCounts:
         """The work since the last call."""
         ...

@@ -112,6 +112,7 @@ class VllmEngine:
         self._placement = placement
         self._settings = self._host_settings(kv_cache_gib)
         self._host: Host | None = self._open_host()
+        self._asleep = False
         self._unusable: str | None = "has no weights yet; call update_weights before generate"
         self._counts = RolloutCounts()
         self._counted = self._running.counters()
@@ -182,10 +183,24 @@ class VllmEngine:
         self._unusable = _BROKEN
         stream = checked_weights(language_weights(self.model), self._manifest)
         self._count()
+        self._wake()
         self._running.load(stream, self.weight_version)
         self._unusable = "failed the check of its weights; call update_weights again"
         self._answer = self._ask_probe()
         self._counted = self._running.counters()  # what the probe cost is not a rollout's
+
+    def sleep(self) -> None:
+        """Free the GPU's memory until the next `update_weights` or `generate`. On a CPU only the caches are dropped."""
+        try:
+            self._running.sleep()
+            self._asleep = True
+        except Exception as error:
+            _log.warning("vLLM did not go to sleep and keeps its memory: %s: %s", type(error).__name__, error)
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._running.wake()
+            self._asleep = False
 
     def take_counts(self) -> RolloutCounts:
         """The work since the last call, for the step's metrics: prompt tokens by vLLM's own cache counters."""
@@ -296,7 +311,7 @@ class VllmEngine:
 
     def _leave(self) -> None:
         self._running.close()
-        self._host = None
+        self._host, self._asleep = None, False
 
     def _ask_probe(self) -> Response:
         probe = self._probe
@@ -327,6 +342,7 @@ class VllmEngine:
         seeds: Sequence[int],
     ) -> Iterator[tuple[int, tuple[Response, ...]]]:
         """(place of a prompt, its group) as they are finished. Whatever vLLM raises comes through."""
+        self._wake()
         embeddings = [self._embed(prompt, rows) for prompt, rows in zip(prompts, media_rows, strict=True)]
         requests = [self._request(prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         stop = StopChecker(self.tokenizer, params.stop)

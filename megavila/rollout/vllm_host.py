@@ -60,6 +60,14 @@ class Host(Protocol):
         """Drop cached keys, values and encoder outputs."""
         ...
 
+    def sleep(self) -> None:
+        """Free the accelerator's memory, until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again."""
+        ...
+
     def counters(self) -> tuple[int, int]:
         """Prompt tokens looked up in the prefix cache, and found there, since it started."""
         ...
@@ -109,6 +117,13 @@ class LocalHost:
         if not self.llm.reset_prefix_cache():
             raise RolloutError("vLLM could not reset its prefix cache: requests are still running")
         self.llm.llm_engine.reset_encoder_cache()
+
+    def sleep(self) -> None:
+        # Level 1 keeps the weights in the CPU's memory, for who generates again with the same ones.
+        self.llm.sleep(level=1)
+
+    def wake(self) -> None:
+        self.llm.wake_up()
 
     def counters(self) -> tuple[int, int]:
         values = {metric.name: getattr(metric, "value", 0) for metric in self.llm.get_metrics()}

@@ -135,7 +135,7 @@ def start_vllm(vllm: ModuleType, settings: HostSettings, backend: str | None) ->
                 tensor_parallel_size=settings.tensor,
                 # Where torchrun started several ranks, each builds an engine and vLLM's groups follow theirs.
                 distributed_executor_backend="external_launcher" if settings.processes > 1 else "uni",
-                **(_OPTIONS_ON_CPU if on_cpu else {}),
+                **(_OPTIONS_ON_CPU if on_cpu else {"enable_sleep_mode": True}),
                 **({"weight_transfer_config": {"backend": backend}} if backend else {}),
             )
         except ValueError as error:  # vLLM's own check of its settings, pydantic's among them

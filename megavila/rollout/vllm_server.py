@@ -98,6 +98,12 @@ class ServerHost:
     def forget(self) -> None:
         self._call("forget")
 
+    def sleep(self) -> None:
+        """Nothing: it runs on a CPU."""
+
+    def wake(self) -> None:
+        """Nothing."""
+
     def counters(self) -> tuple[int, int]:
         return self._call("counters")
 

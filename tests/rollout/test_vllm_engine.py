@@ -142,12 +142,34 @@ def test_more_prompts_than_vllm_reads_at_once(engine: Any) -> None:
     engine.take_counts()
 
     def tokens(order: Sequence[int]) -> list[list[list[int]]]:
-        groups = engine.generate([made[i][0] for i in order], [made[i][1] for i in order], params, list(order))
+        groups = engine.generate(
+            [made[i][0] for i in order], [made[i][1] for i in order], params, list(order)
+        )
         return [[response.token_ids.tolist() for response in group] for group in groups]
 
     together = tokens(range(8))
     assert engine.take_counts().failures == 0
     assert [tokens([i])[0] for i in range(8)] == together
+
+
+@needs_vllm
+def test_sleep_changes_no_sample(engine: Any) -> None:
+    prompts, rows, seeds = cases.text_requests()
+    params = SamplingParams(max_tokens=25, group_size=4)
+
+    def sampled() -> list[list[list[int]]]:
+        groups = engine.generate(prompts, rows, params, seeds)
+        return [[response.token_ids.tolist() for response in group] for group in groups]
+
+    awake = sampled()
+    engine.take_counts()
+    engine.sleep()
+    assert sampled() == awake
+    assert engine.take_counts().prefill_tokens >= sum(tokens for tokens, _ in cases.LENGTHS)  # read again
+    engine.sleep()
+    engine.sleep()
+    engine.update_weights()
+    assert sampled() == awake and engine.restarts == 0
 
 
 @needs_vllm
