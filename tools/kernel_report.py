@@ -2,12 +2,12 @@
 
 For each kernel, GPU, head dimension, dtype and mode: registers, shared memory, stack, tensor-core instructions
 (HMMA, or HGMMA on sm_90) and asynchronous copies (LDGSTS, or UTMA) in the machine code. A stack means that
-registers spill to memory. One in a shipped half-precision configuration makes the exit code 1, and so does a matrix
-product without tensor cores or a pipelined loop without asynchronous copies. Needs Triton, whose wheel brings ptxas
-and cuobjdump, but neither a GPU nor CUDA.
+registers spill to memory: one in any shipped configuration makes the exit code 1, and so does, in half precision, a
+matrix product without tensor cores or a pipelined loop without asynchronous copies. Needs Triton, whose wheel brings
+ptxas and cuobjdump, but neither a GPU nor CUDA.
 
-    python tools/kernel_report.py            # everything
-    python tools/kernel_report.py --quick    # head dimension 128 in bf16 on sm_80 and sm_90
+    python tools/kernel_report.py                        # everything
+    python tools/kernel_report.py --only 'sm90 .*d=128'  # head dimension 128 on sm_90
 """
 
 import argparse
@@ -17,9 +17,10 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels")]
 from megavila_kernels.interval_attention import triton_backward, triton_forward  # noqa: E402
 from megavila_kernels.interval_attention.triton_backend import PREPARE_ROWS  # noqa: E402
 from megavila_kernels.interval_attention.triton_config import (  # noqa: E402
+    MAX_HEAD_DIM_FP32,
     KernelConfig,
     config_for,
     dot_precision,
@@ -54,6 +56,7 @@ from benchmarks.machine import measured  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DEFAULTS = {"num_warps": 4, "num_stages": 3}  # Triton's
 INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "UTMA")
 
 
@@ -66,9 +69,7 @@ class Variant:
     capability: int  # 90 for sm_90
     constants: dict[str, Any]
     types: dict[str, str]
-    num_warps: int
-    num_stages: int
-    gated: bool = True  # a stack is a failure
+    launch: dict[str, int]  # num_warps, num_stages and other options
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,7 @@ def _attention_variant(
         capability=capability,
         constants=constants,
         types=argument_types(kernel, constants, pointers),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        # See FULL_PRECISION.
-        gated=dtype != torch.float32,
+        launch=config.launch,
     )
 
 
@@ -168,7 +166,7 @@ def prepare_variants(
                 pointers |= dict.fromkeys(("lse", "dlse", "prepared"), "fp32")
                 types = argument_types(kernel, constants, pointers)
                 label = f"attention prepare d={d} {TYPE_NAMES[dtype]}"
-                yield Variant(label, kernel, capability, constants, types, num_warps=4, num_stages=3)
+                yield Variant(label, kernel, capability, constants, types, DEFAULTS)
 
 
 def logprob_variants(capabilities: list[int], dtypes: list[torch.dtype]) -> Iterator[Variant]:
@@ -197,8 +195,7 @@ def logprob_variants(capabilities: list[int], dtypes: list[torch.dtype]) -> Iter
                     capability=capability,
                     constants=constants,
                     types=argument_types(kernel, constants, pointers),
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
+                    launch={"num_warps": config.num_warps, "num_stages": config.num_stages},
                 )
 
 
@@ -234,9 +231,7 @@ def decode_variants(
                         capability=capability,
                         constants=constants,
                         types=argument_types(decode_kernels.partial_kernel, constants, pointers),
-                        num_warps=config.num_warps,
-                        num_stages=config.num_stages,
-                        gated=dtype != torch.float32,
+                        launch={"num_warps": config.num_warps, "num_stages": config.num_stages},
                     )
                 kernel, constants = (
                     decode_kernels.merge_kernel,
@@ -244,7 +239,7 @@ def decode_variants(
                 )
                 types = argument_types(kernel, constants, pointers)
                 label = f"decode merge d={d} {TYPE_NAMES[dtype]}"
-                yield Variant(label, kernel, capability, constants, types, num_warps=4, num_stages=3)
+                yield Variant(label, kernel, capability, constants, types, DEFAULTS)
 
 
 def elementwise_variants(
@@ -268,13 +263,13 @@ def elementwise_variants(
                     pointers = {"x": name, "out": name, "cos": "fp32", "sin": "fp32"}
                     types = argument_types(kernel, constants, pointers)
                     label = f"rotary {'backward' if backward else 'forward'} d={d} {name}"
-                    yield Variant(label, kernel, capability, constants, types, num_warps=4, num_stages=3)
+                    yield Variant(label, kernel, capability, constants, types, DEFAULTS)
             for kernel in (swiglu_kernels.forward_kernel, swiglu_kernels.backward_kernel):
                 constants = {"BLOCK": SWIGLU_BLOCK}
                 pointers = dict.fromkeys(("gate_up", "out", "dout", "d_gate_up"), name)
                 types = argument_types(kernel, constants, pointers)
                 label = f"swiglu {kernel.__name__} {name}"
-                yield Variant(label, kernel, capability, constants, types, num_warps=4, num_stages=3)
+                yield Variant(label, kernel, capability, constants, types, DEFAULTS)
 
 
 def compile_variant(variant: Variant) -> Compiled:
@@ -288,7 +283,7 @@ def compile_variant(variant: Variant) -> Compiled:
     compiled = triton.compile(
         ASTSource(variant.kernel, variant.types, variant.constants, attributes),
         target=GPUTarget("cuda", variant.capability, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options=variant.launch,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -311,15 +306,15 @@ def _cuobjdump(option: str, path: str) -> str:
 
 
 def problem(variant: Variant, result: Compiled) -> str:
-    """What a shipped half-precision configuration must not have, or nothing."""
+    """What a shipped configuration must not have, or nothing."""
     if result.stack:
-        return "SPILLS" if variant.gated else "spills, not gated"
-    if not variant.gated or variant.constants.get("PRECISION") != "tf32":
-        return ""
+        return "SPILLS"
+    if variant.constants.get("PRECISION") != "tf32":
+        return ""  # fp32, or no matrix product
     found = result.instructions
     if not found["HMMA"] + found["HGMMA"]:
         return "NO TENSOR CORES"
-    if variant.num_stages > 1 and not found["LDGSTS"] + found["UTMA"]:
+    if variant.launch["num_stages"] > 1 and not found["LDGSTS"] + found["UTMA"]:
         return "NO ASYNCHRONOUS COPIES"
     return ""
 
@@ -336,37 +331,55 @@ def save(lines: list[dict[str, Any]], complete: bool, out: Path) -> None:
     )
 
 
+_compile_here: list[Variant] = []
+
+
+def _compile(index: int) -> Compiled:
+    return compile_variant(_compile_here[index])
+
+
 def report(variants: list[Variant], out: Path | None = None) -> int:
-    """Prints a line a variant, and writes them to `out`; the number of gated ones with a problem."""
+    """Prints a line a variant, and writes them to `out`; the number of those with a problem."""
     print(f"Triton {triton.__version__}")
     print(f"{'sm':>2} {'reg':>4} {'stack':>5} {'shared':>7}  {'instructions':<28} kernel")
     problems = 0
     lines = []
-    for variant in variants:
-        began = time.monotonic()
-        result = compile_variant(variant)
-        used = " ".join(f"{name} {count}" for name, count in result.instructions.items() if count)
-        wrong = problem(variant, result)
-        print(
-            f"{variant.capability:>2} {result.registers:>4} {result.stack:>5} {result.shared_bytes:>7}  "
-            f"{used or '-':<28} {variant.label} ({time.monotonic() - began:.0f} s)"
-            + (f"  {wrong}" if wrong else ""),
-            flush=True,
-        )
-        problems += variant.gated and bool(wrong)
-        lines.append(
-            {"sm": variant.capability, "kernel": variant.label, "gated": variant.gated, **asdict(result)}
-        )
-        if out is not None:
-            save(lines, len(lines) == len(variants), out)
+    # Forked: kernels cannot be sent to other processes, only inherited.
+    fork = get_context("fork")
+    with ProcessPoolExecutor(os.cpu_count(), fork, _compile_here.extend, (variants,)) as pool:
+        for variant, result in zip(variants, pool.map(_compile, range(len(variants))), strict=True):
+            used = " ".join(f"{name} {count}" for name, count in result.instructions.items() if count)
+            wrong = problem(variant, result)
+            print(
+                f"{variant.capability:>2} {result.registers:>4} {result.stack:>5} {result.shared_bytes:>7}  "
+                f"{used or '-':<28} {variant.label}" + (f"  {wrong}" if wrong else ""),
+                flush=True,
+            )
+            problems += bool(wrong)
+            lines.append({"sm": variant.capability, "kernel": variant.label, **asdict(result)})
+            if out is not None:
+                save(lines, len(lines) == len(variants), out)
     return problems
+
+
+def all_variants() -> Iterator[Variant]:
+    """Every shipped configuration. What a head dimension pads to and sm_86's smaller memory are configurations too."""
+    dims, half, full = [64, 128, 256], [torch.bfloat16], [torch.float32]
+    dims_full = [d for d in dims if d <= MAX_HEAD_DIM_FP32]
+    for capability in (80, 90, 86):
+        yield from attention_variants([capability], dims, half, [False, True])
+        yield from attention_variants([capability], dims_full, full, [False, True])
+        yield from prepare_variants([capability], dims, [*half, *full])
+        yield from logprob_variants([capability], [*half, *full])
+        yield from decode_variants([capability], dims, half)
+        yield from decode_variants([capability], dims_full, full)
+        yield from elementwise_variants([capability], dims, [*half, *full])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="head dimension 128 in bf16 on sm_80 and sm_90")
     parser.add_argument(
         "--only", default="", help="compile only variants whose sm and label match this regex"
     )
@@ -375,27 +388,14 @@ def main() -> None:
         "--cache", default=None, help="folder in which compiled kernels are kept for another run"
     )
     arguments = parser.parse_args()
-    half, full = [torch.bfloat16], [torch.float32]
-    if arguments.quick:
-        variants = list(attention_variants([80, 90], [128], half, [False]))
-    else:
-        variants = [
-            *attention_variants([80, 90, 86], [64, 128, 256], half, [False, True]),
-            *attention_variants([80], [64, 128, 256], full, [True]),
-            *prepare_variants([80, 90], [64, 128, 256], half),
-            *logprob_variants([80, 90], [*half, *full]),
-            *decode_variants([80, 90, 86], [64, 128, 256], half),
-            *decode_variants([80], [64, 128, 256], full),
-            *elementwise_variants([80, 90], [64, 128, 256], [*half, *full]),
-        ]
-    variants = [x for x in variants if re.search(arguments.only, f"sm{x.capability} {x.label}")]
+    labelled = {f"sm{x.capability} {x.label}": x for x in all_variants()}  # once, whoever else has it
+    variants = [x for name, x in labelled.items() if re.search(arguments.only, name)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = arguments.cache or cache
         problems = report(variants, arguments.out)
-    gated = sum(x.gated for x in variants)
     if problems:
-        sys.exit(f"{problems} of {gated} gated configurations have a problem")
-    print(f"none of {gated} gated configurations (of {len(variants)}) has a problem")
+        sys.exit(f"{problems} of {len(variants)} configurations have a problem")
+    print(f"none of {len(variants)} configurations has a problem")
 
 
 if __name__ == "__main__":

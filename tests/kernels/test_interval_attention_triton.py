@@ -30,6 +30,7 @@ from tests.kernels.test_interval_attention import (
 
 pytest.importorskip("triton")
 from megavila_kernels.interval_attention import triton_backend  # noqa: E402
+from megavila_kernels.interval_attention.triton_config import unsupported  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOAT16, FLOAT32, BFLOAT16 = torch.float16, torch.float32, torch.bfloat16
@@ -116,6 +117,8 @@ def test_within_the_error_of_a_same_precision_run(name: str, repeat: int, d: int
     mask = make_mask(ALL_CASES[name])
     kv_heads = 2 if repeat == 1 else 1
     mask, inputs = on_device(mask, make_inputs(mask, kv_heads * repeat, kv_heads, d, seed=d + repeat))
+    if reason := unsupported(inputs[0].to(dtype)):
+        pytest.skip(reason)
     actual = run(inputs, mask, dtype, "triton", lse_grad=False)
     assert_within_yardstick(actual, inputs, mask, dtype)
 
@@ -233,6 +236,9 @@ def test_unsupported_inputs_are_named() -> None:
         attend(*[q.half()] * 3, mask, backend="triton")
     with pytest.raises(ValueError, match="scale above 0; got -1"):
         attend(*[q[..., :32].half()] * 3, mask, scale=-1.0, backend="triton")
+    gpu = torch.empty(1, 1, 129, device="meta")
+    assert "greater than 128, the limit in fp32 on a GPU" in (unsupported(gpu) or "")
+    assert unsupported(gpu.half()) is None and unsupported(gpu[..., :128]) is None
 
 
 def test_auto_warns_when_a_gpu_must_do_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

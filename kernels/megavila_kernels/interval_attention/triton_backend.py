@@ -18,7 +18,7 @@ from megavila_kernels.interval_attention.triton_config import (
 from megavila_kernels.interval_attention.triton_forward import forward_kernel
 
 LOG2E = 1.4426950408889634
-PREPARE_ROWS = 64
+PREPARE_ROWS = 32
 
 
 class TritonBackend:
@@ -149,8 +149,7 @@ def _launch_forward(
         LOAD_STATE=load_state,
         FINISH=ending is not None,
         PRECISION=dot_precision(q.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
 
 
@@ -203,8 +202,7 @@ def _launch_backward(
         INTERVALS=plan.lo.shape[0],
         ACCUMULATE=accumulate,
         PRECISION=dot_precision(q.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.launch,
     )
 
 

@@ -12,17 +12,27 @@ import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
+# On a GPU. fp32 products run on the ordinary cores, for which Triton keeps whole rows of both operands in registers.
+MAX_HEAD_DIM_FP32 = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """block_q, block_k: rows and keys of a tile."""
+    """block_q, block_k: rows and keys of a tile. maxnreg: said to ptxas where it would rather spill than use all
+    registers of a thread."""
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Triton's options of a launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
 # [kernel][GPU][padded head dimension up to]. "small": 99 KiB of shared memory a multiprocessor (sm_86, sm_89,
@@ -80,20 +90,11 @@ HALF: dict[str, dict[str, dict[int, KernelConfig]]] = {
         },
     },
 }
-# fp32 products run on the ordinary cores at full precision, for comparisons rather than for training. Triton keeps
-# operands of such products in registers and spills some in the forward kernel whatever the tile.
+# fp32, at full precision: for comparisons rather than for training.
 FULL_PRECISION = {
-    "forward": {
-        64: KernelConfig(32, 32, 8, 1),
-        128: KernelConfig(16, 32, 8, 1),
-        256: KernelConfig(16, 16, 8, 1),
-    },
-    "dq": {64: KernelConfig(32, 32, 4, 1), 128: KernelConfig(32, 32, 8, 1), 256: KernelConfig(16, 16, 8, 1)},
-    "dkdv": {
-        64: KernelConfig(16, 32, 8, 1),
-        128: KernelConfig(32, 32, 8, 1),
-        256: KernelConfig(16, 16, 8, 1),
-    },
+    "forward": {64: KernelConfig(32, 32, 8, 1), 128: KernelConfig(16, 16, 8, 1)},
+    "dq": {64: KernelConfig(32, 32, 4, 1), 128: KernelConfig(16, 16, 8, 1)},
+    "dkdv": {64: KernelConfig(32, 16, 8, 1), 128: KernelConfig(16, 16, 8, 1, maxnreg=255)},
 }
 # What Triton's interpreter takes grows with the number of tiles.
 INTERPRETER = KernelConfig(64, 64, 4, 1)
@@ -105,6 +106,8 @@ def unsupported(q: Tensor) -> str | None:
         return f"dtype {q.dtype} is not one of {', '.join(str(x) for x in DTYPES)}"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {q.shape[-1]} is greater than {MAX_HEAD_DIM}"
+    if q.dtype == torch.float32 and q.shape[-1] > MAX_HEAD_DIM_FP32 and q.device.type != "cpu":
+        return f"head dimension {q.shape[-1]} is greater than {MAX_HEAD_DIM_FP32}, the limit in fp32 on a GPU"
     return None
 
 

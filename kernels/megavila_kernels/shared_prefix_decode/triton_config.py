@@ -29,7 +29,7 @@ def decode_config(capability: tuple[int, int], d: int, dtype: torch.dtype, rows:
     wanted = max(16, 1 << (rows - 1).bit_length())
     if dtype == torch.float32:
         # At full precision on the ordinary cores, for comparisons: see FULL_PRECISION of interval attention.
-        return DecodeConfig(min(wanted, 16), 32 if columns < 256 else 16, 4, 1)
+        return DecodeConfig(16, 32 if columns == 64 else 16, 4, 1)
     small = gpu_class(capability) == "small"
     rows = min(wanted, 64 if columns == 256 or small else 128)
     keys = {64: 128, 128: 64, 256: 32}[columns]
