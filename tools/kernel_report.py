@@ -319,10 +319,8 @@ def problem(variant: Variant, result: Compiled) -> str:
     return ""
 
 
-def save(lines: list[dict[str, Any]], complete: bool, out: Path) -> None:
+def save(head: dict[str, str], lines: list[dict[str, Any]], complete: bool, out: Path) -> None:
     """Written after every variant, so that a run that is cut short leaves what it has."""
-    head = measured(" ".join(["python tools/kernel_report.py", *sys.argv[1:]]))
-    head |= {"triton": triton.__version__, "gpu": "none: compiled only, GPU speed not yet measured"}
     rows = ",\n".join("  " + json.dumps(line) for line in lines)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(
@@ -342,6 +340,8 @@ def report(variants: list[Variant], out: Path | None = None) -> int:
     """Prints a line a variant, and writes them to `out`; the number of those with a problem."""
     print(f"Triton {triton.__version__}")
     print(f"{'sm':>2} {'reg':>4} {'stack':>5} {'shared':>7}  {'instructions':<28} kernel")
+    head = measured(" ".join(["python tools/kernel_report.py", *sys.argv[1:]]))
+    head |= {"triton": triton.__version__, "gpu": "none: compiled only, GPU speed not yet measured"}
     problems = 0
     lines = []
     # Forked: kernels cannot be sent to other processes, only inherited.
@@ -358,7 +358,7 @@ def report(variants: list[Variant], out: Path | None = None) -> int:
             problems += bool(wrong)
             lines.append({"sm": variant.capability, "kernel": variant.label, **asdict(result)})
             if out is not None:
-                save(lines, len(lines) == len(variants), out)
+                save(head, lines, len(lines) == len(variants), out)
     return problems
 
 
