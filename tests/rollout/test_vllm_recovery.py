@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from megavila.rollout.protocol import SamplingParams
 from megavila.rollout.recovery import EngineFailed
 from megavila.runtime.topology import shutdown
 from tests.models.hf_reference import start
@@ -19,7 +18,6 @@ from tests.rollout.engine_fakes import Pieces
 from tests.rollout.test_vllm_engine import needs_vllm
 
 pytestmark = needs_vllm
-PARAMS = SamplingParams(max_tokens=12, group_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +36,7 @@ def engine() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(engine: Any) -> list[Any]:
-    return rollout(engine)
-
-
-def rollout(engine: Any) -> list[Any]:
-    prompts, rows, seeds = cases.text_requests()
-    return engine.generate(prompts, rows, PARAMS, seeds)
-
-
-def check_same(groups: list[Any], expected: list[Any]) -> None:
-    for group, other in zip(groups, expected, strict=True):
-        assert [r.token_ids.tolist() for r in group] == [r.token_ids.tolist() for r in other]
-        for response, same in zip(group, other, strict=True):
-            assert cases.difference(response.logprobs, same.logprobs) < cases.TOLERANCE
+    return cases.rollout(engine)
 
 
 def core(engine: Any) -> Any:
@@ -83,7 +69,7 @@ def test_a_step_that_raises_loses_no_group(
 
     engine.take_counts()
     calls = break_at(monkeypatch, engine, 5, fail)
-    check_same(rollout(engine), undisturbed)
+    cases.check_same(cases.rollout(engine), undisturbed)
     assert len(calls) > 5 + 12 and engine.restarts == 0
     counts = engine.take_counts()
     # What was computed before the failure is counted too.
@@ -97,7 +83,7 @@ def test_a_core_that_is_shut_down_is_started_again(
 ) -> None:
     version, old = engine.weight_version, core(engine)
     break_at(monkeypatch, engine, 4, lambda: old.model_executor.shutdown())
-    check_same(rollout(engine), undisturbed)
+    cases.check_same(cases.rollout(engine), undisturbed)
     assert engine.restarts == 1 and core(engine) is not old and engine.weight_version == version
     prompts, rows, seeds = cases.text_requests()
     assert cases.compare(engine, prompts, rows, seeds) < cases.TOLERANCE
@@ -115,9 +101,9 @@ def test_a_prompt_that_the_engine_dies_of_is_named(
 
     monkeypatch.setattr(engine, "_embed", halved)
     with pytest.raises(EngineFailed, match=r"failed 3 times on 1 of 4 prompts \(fake-33\): "):
-        rollout(engine)
+        cases.rollout(engine)
     monkeypatch.undo()
-    check_same(rollout(engine), undisturbed)
+    cases.check_same(cases.rollout(engine), undisturbed)
     assert engine.restarts == restarts
 
 
@@ -133,7 +119,7 @@ def test_a_request_that_dies_alone_is_sampled_again(
         scheduler.finish_requests([victim.request_id], victim.status.__class__.FINISHED_ERROR)
 
     break_at(monkeypatch, engine, 6, drop)
-    check_same(rollout(engine), undisturbed)
+    cases.check_same(cases.rollout(engine), undisturbed)
     assert engine.take_counts().failures >= 1
 
 
@@ -153,7 +139,7 @@ def test_an_engine_that_stands_still_has_failed(
     engine.take_counts()
     monkeypatch.setattr(llm_engine, "step", idle)
     started = time.monotonic()
-    check_same(rollout(engine), undisturbed)
+    cases.check_same(cases.rollout(engine), undisturbed)
     assert engine.take_counts().failures == 1 and time.monotonic() - started > engine._timeout
     assert engine.restarts == restarts
 
@@ -173,6 +159,6 @@ def test_among_several_processes_a_dead_engine_is_the_end(engine: Any) -> None:
     engine.topology, engine._host.restartable = replace(engine.topology, world_size=2), False
     core(engine).model_executor.shutdown()
     with pytest.raises(EngineFailed, match="in one of 2 processes it cannot be started again"):
-        rollout(engine)
+        cases.rollout(engine)
     with pytest.raises(EngineFailed, match="lost its weights"):
-        rollout(engine)
+        cases.rollout(engine)

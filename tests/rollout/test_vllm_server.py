@@ -22,7 +22,6 @@ from tests.rollout import vllm_cases as cases
 from tests.rollout.engine_fakes import Pieces, make_prompt
 from tests.rollout.test_vllm_engine import needs_vllm
 
-PARAMS = SamplingParams(max_tokens=12, group_size=3)
 SECONDS = 120.0
 
 
@@ -51,19 +50,7 @@ def engine_processes() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(engine: Any) -> list[Any]:
-    return rollout(engine)
-
-
-def rollout(engine: Any) -> list[Any]:
-    prompts, rows, seeds = cases.text_requests()
-    return engine.generate(prompts, rows, PARAMS, seeds)
-
-
-def check_same(groups: list[Any], expected: list[Any]) -> None:
-    for group, other in zip(groups, expected, strict=True):
-        assert [r.token_ids.tolist() for r in group] == [r.token_ids.tolist() for r in other]
-        for response, same in zip(group, other, strict=True):
-            assert cases.difference(response.logprobs, same.logprobs) < cases.TOLERANCE
+    return cases.rollout(engine)
 
 
 @needs_vllm
@@ -76,8 +63,8 @@ def test_groups_are_those_of_a_colocated_engine(engine: Any, undisturbed: list[A
         colocated.update_weights()
         colocated.take_counts()
         engine.take_counts()
-        check_same(rollout(colocated), undisturbed)
-        check_same(rollout(engine), undisturbed)
+        cases.check_same(cases.rollout(colocated), undisturbed)
+        cases.check_same(cases.rollout(engine), undisturbed)
         theirs = colocated.take_counts()
     ours = engine.take_counts()
     # This engine was asked before, so it has read the prompts already.
@@ -140,7 +127,7 @@ def test_a_process_that_is_killed_in_a_rollout_loses_no_group(
     engine.take_counts()
     # The first answer is the early group.
     at_answer(monkeypatch, engine, 2, lambda: os.kill(pid, signal.SIGKILL))
-    check_same(engine.generate(prompts, rows, params, seeds), expected)
+    cases.check_same(engine.generate(prompts, rows, params, seeds), expected)
     assert sizes == [5, 1, 4]  # all, the probe of the new process's weights, those that were left
     assert engine.restarts == restarts + 1 and engine._host.process.pid != pid
     assert [process.pid for process in engine_processes()] == [engine._host.process.pid]
@@ -151,7 +138,7 @@ def test_a_process_that_is_killed_in_a_rollout_loses_no_group(
 @pytest.mark.parametrize("tokens", [33, 690], ids=["before its answer", "before it has read the prompts"])
 def test_a_process_that_hangs_is_killed(engine: Any, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     made = [make_prompt(tokens, seed=seed) for seed in range(4)]  # 690 tokens each are more than a pipe holds
-    request = [prompt for prompt, _ in made], [rows for _, rows in made], PARAMS, list(range(4))
+    request = [prompt for prompt, _ in made], [rows for _, rows in made], cases.PARAMS, list(range(4))
     expected = engine.generate(*request)
     pid, restarts = engine._host.process.pid, engine.restarts
     monkeypatch.setattr(engine, "_timeout", 0.5)
@@ -165,7 +152,7 @@ def test_a_process_that_hangs_is_killed(engine: Any, monkeypatch: pytest.MonkeyP
 
     open_host = engine._open_host
     monkeypatch.setattr(engine, "_open_host", patient)
-    check_same(engine.generate(*request), expected)
+    cases.check_same(engine.generate(*request), expected)
     assert engine.restarts == restarts + 1 and engine._host.process.pid != pid
 
 
@@ -181,9 +168,9 @@ def test_a_prompt_that_the_process_cannot_do_with_is_named(
 
     monkeypatch.setattr(engine, "_embed", halved)
     with pytest.raises(EngineFailed, match=r"failed 3 times on 1 of 4 prompts \(fake-33\): RemoteFailure: "):
-        rollout(engine)
+        cases.rollout(engine)
     monkeypatch.undo()
-    check_same(rollout(engine), undisturbed)
+    cases.check_same(cases.rollout(engine), undisturbed)
     assert engine._host.process.pid == pid
 
 
@@ -195,7 +182,7 @@ def test_weights_reach_a_process_that_has_died(engine: Any, undisturbed: list[An
     engine.take_counts()
     engine.update_weights()
     assert engine.restarts == restarts + 1
-    check_same(rollout(engine), undisturbed)
+    cases.check_same(cases.rollout(engine), undisturbed)
 
 
 @needs_vllm
@@ -211,7 +198,7 @@ def test_a_transfer_that_breaks_off_ends_the_engine(engine: Any, monkeypatch: py
         engine.update_weights()
     monkeypatch.undo()
     with pytest.raises(EngineFailed, match="lost its weights in a transfer that broke off"):
-        rollout(engine)
+        cases.rollout(engine)
 
 
 def test_weights_are_packed_block_by_block() -> None:

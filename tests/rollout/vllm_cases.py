@@ -30,6 +30,8 @@ MAX_TOKENS = 700
 # (tokens, of them rows of media): shorter than a block of 32, on its border, and over several of them.
 LENGTHS = [(1, 0), (33, 9), (32, 32), (150, 100)]
 
+PARAMS = SamplingParams(max_tokens=12, group_size=3)
+
 CASES = [
     LanguageCase(num_heads=2, num_kv_heads=1, head_dim=32),
     LanguageCase(num_heads=1, num_kv_heads=1, head_dim=64, tied=True),
@@ -68,6 +70,19 @@ def shake(model: VisionLanguageModel, seed: int, scale: float = 0.03, names: str
 def text_requests() -> tuple[list[Prompt], list[Tensor | None], list[int]]:
     made = [make_prompt(tokens, seed=tokens, media=media) for tokens, media in LENGTHS]
     return [prompt for prompt, _ in made], [rows for _, rows in made], [7 + i for i in range(len(made))]
+
+
+def rollout(engine: VllmEngine) -> list[tuple[Response, ...]]:
+    """Groups of 3 responses of 12 tokens to `text_requests`."""
+    prompts, rows, seeds = text_requests()
+    return engine.generate(prompts, rows, PARAMS, seeds)
+
+
+def check_same(groups: Sequence[Sequence[Response]], expected: Sequence[Sequence[Response]]) -> None:
+    for group, other in zip(groups, expected, strict=True):
+        assert [r.token_ids.tolist() for r in group] == [r.token_ids.tolist() for r in other]
+        for response, same in zip(group, other, strict=True):
+            assert difference(response.logprobs, same.logprobs) < TOLERANCE
 
 
 def video_request(model: VisionLanguageModel, frames: Sequence[int], seed: int) -> tuple[Prompt, Tensor]:
