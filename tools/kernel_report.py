@@ -384,14 +384,11 @@ def main() -> None:
         "--only", default="", help="compile only variants whose sm and label match this regex"
     )
     parser.add_argument("--out", type=Path, default=None, help="file of results to write (JSON)")
-    parser.add_argument(
-        "--cache", default=None, help="folder in which compiled kernels are kept for another run"
-    )
     arguments = parser.parse_args()
     labelled = {f"sm{x.capability} {x.label}": x for x in all_variants()}  # once, whoever else has it
     variants = [x for name, x in labelled.items() if re.search(arguments.only, name)]
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = arguments.cache or cache
+        os.environ["TRITON_CACHE_DIR"] = cache
         problems = report(variants, arguments.out)
     if problems:
         sys.exit(f"{problems} of {len(variants)} configurations have a problem")

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ from megavila.rollout.protocol import (
 from megavila.rollout.recovery import EngineGone, sample_all
 from megavila.rollout.sharing import gather_shares, own_share
 from megavila.rollout.stopping import StopChecker
-from megavila.rollout.vllm_host import Completion, Host, LocalHost
+from megavila.rollout.vllm_host import Host, LocalHost
 from megavila.rollout.vllm_limits import check_model, check_prompts, check_sampling, check_server
 from megavila.rollout.vllm_process import HostSettings
+from megavila.rollout.vllm_requests import to_request, to_response
 from megavila.rollout.vllm_server import ServerHost
 from megavila.rollout.weights import (
     LANGUAGE_PART,
@@ -47,7 +48,6 @@ from megavila.rollout.weights import (
 from megavila.runtime.collectives import broadcast_object, gather_objects
 from megavila.runtime.errors import MegavilaError
 from megavila.runtime.logging import get_logger
-from megavila.runtime.seeds import derive_seed
 from megavila.runtime.topology import Topology
 
 _log = get_logger(__name__)
@@ -344,12 +344,15 @@ class VllmEngine:
         """(place of a prompt, its group) as they are finished. Whatever vLLM raises comes through."""
         self._wake()
         embeddings = [self._embed(prompt, rows) for prompt, rows in zip(prompts, media_rows, strict=True)]
-        requests = [self._request(prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        requests = [
+            to_request(params, seed, self._max_tokens - len(prompt.token_ids), self.tokenizer.eos_id)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
         stop = StopChecker(self.tokenizer, params.stop)
         outputs = self._running.run(embeddings, requests, self._timeout)
         with closing(outputs):
             for place, completions in outputs:
-                group = [self._response(completion, stop) for completion in completions]
+                group = [to_response(completion, stop) for completion in completions]
                 # vLLM takes no n > 1 with temperature 0, whose responses are all the same.
                 yield place, tuple(group * params.group_size if params.temperature == 0 else group)
 
@@ -359,41 +362,6 @@ class VllmEngine:
         device = self._device
         given = None if rows is None else rows.to(device)
         return self.model.embed(prompt.token_ids.to(device), prompt.media_index.to(device), given).cpu()
-
-    def _request(self, prompt: Prompt, params: SamplingParams, seed: int) -> dict[str, Any]:
-        """Arguments of vLLM's SamplingParams."""
-        return dict(
-            n=1 if params.temperature == 0 else params.group_size,
-            temperature=params.temperature,
-            max_tokens=min(params.max_tokens, self._max_tokens - len(prompt.token_ids)),
-            # Response i is drawn with seed + i: hashed, so that seeds in a row do not share their responses.
-            seed=derive_seed("vllm", seed),
-            logprobs=0,  # the sampled token's own
-            # Our tokenizer says which token ends a response, not the one that vLLM read.
-            ignore_eos=True,
-            stop_token_ids=[self.tokenizer.eos_id] if self.tokenizer.eos_id >= 0 else None,
-            stop=list(params.stop) or None,
-            include_stop_str_in_output=bool(params.stop),
-            detokenize=bool(params.stop),
-        )
-
-    def _response(self, completion: Completion, stop: StopChecker) -> Response:
-        ids, logprobs = completion.token_ids, completion.logprobs
-        if completion.finish_reason not in ("stop", "length"):
-            raise RuntimeError(  # the request died, not what it asked for
-                f"vLLM ended a response with {completion.finish_reason!r} after {len(ids)} tokens"
-            )
-        if not all(math.isfinite(logprob) for logprob in logprobs):
-            raise RolloutError("vLLM returned log-probs that are not finite; the weights may have diverged")
-        reason = completion.finish_reason
-        if isinstance(completion.stop_reason, str):
-            # vLLM decodes with its own tokenizer, rewards read ours: they must see the same end.
-            if not stop.completes(ids):
-                raise RolloutError(
-                    f"vLLM found the stop string {completion.stop_reason!r} where {stop.text(ids)!r} has none: its "
-                    "tokenizer decodes differently; use engine=megatron or no stop strings"
-                )
-        return Response(torch.tensor(ids), torch.tensor(logprobs), stop.text(ids), reason)
 
     def _check_agreement(self, groups: list[tuple[Response, ...]], ranks: ProcessGroup) -> None:
         own = hash(tuple(tuple(response.token_ids.tolist()) for group in groups for response in group))
